@@ -1,0 +1,160 @@
+"""One worker's copy of one collection: a store, the offsets it has applied, and who may write to it.
+
+Everything here runs on the worker's event loop, except what is said to run in an executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.cluster.state import CollectionState
+from headrace.gpu.backend import Backend
+from headrace.gpu.errors import ConsistencyTimeout
+from headrace.gpu.rows import Batch
+from headrace.gpu.store import Applied, Store, StoreSettings
+from headrace.streams.watermark import Watermark
+
+__all__ = ["Replica"]
+
+log = logging.getLogger("headrace.cluster")
+
+
+class Replica:
+    """A materialised view of the log, restricted to the cells that this worker holds.
+
+    Parameters
+    ----------
+    state : CollectionState
+    address : str
+        This worker's own.
+    backend, settings
+        Handed to the `Store`.
+    """
+
+    def __init__(self, state: CollectionState, address: str, backend: Backend, settings: StoreSettings) -> None:
+        self.address = address
+        self._backend, self._settings = backend, settings
+        self._waiters: list[tuple[Mapping[int, int], asyncio.Future[None]]] = []
+        self._fence = 0
+        self._begin(state)
+
+    def _begin(self, state: CollectionState) -> None:
+        self.state = state
+        self.store = Store(self._backend, state.spec.dim, state.spec.metric, self._settings)
+        self._watermarks: dict[int, Watermark] = {}
+        self._read_from_origins(state)
+        self._fence = max(self._fence, state.epoch)
+
+    def _read_from_origins(self, state: CollectionState) -> None:
+        # A joining worker has not applied what lies before it: it gets its start from the peers it is filled from.
+        joining = state.members.get(self.address) == "joining"
+        if state.source is not None:
+            for partition in range(state.source.partitions):
+                origin = 0 if joining else state.source.origins.get(partition, 0)
+                self._watermarks.setdefault(partition, Watermark(origin))
+            self.store.stamp(self.watermarks)
+
+    @property
+    def watermarks(self) -> dict[int, int]:
+        """Topic partition to the first offset that has not been applied here."""
+        return {partition: mark.value for partition, mark in self._watermarks.items()}
+
+    @property
+    def fence(self) -> int:
+        """The newest epoch seen; a message of an older one is refused."""
+        return self._fence
+
+    def adopt(self, state: CollectionState, base: Mapping[int, int] | None = None) -> None:
+        """Take over a newer state; `base` are offsets below which peers have filled this worker completely."""
+        if state.epoch < self.state.epoch:
+            return
+        if state.incarnation != self.state.incarnation:
+            log.warning("collection %r: the last copy of a cell was lost; reading the log again", state.spec.name)
+            self._begin(state)
+            return
+        self.state = state
+        self._fence = max(self._fence, state.epoch)
+        self._read_from_origins(state)
+        if base:
+            for partition, offset in base.items():
+                self._watermarks.setdefault(partition, Watermark()).raise_to(offset)
+            self.store.stamp(self.watermarks)
+            self._wake()
+        if not state.moving:
+            mine = frozenset(cell for cell, holders in state.copies.items() if self.address in holders)
+            if dropped := self.store.drop_cells(mine):
+                log.info("collection %r: dropped %d rows that others hold now", state.spec.name, dropped)
+
+    def apply(
+        self, batch: Batch | None, ranges: Mapping[int, tuple[int, int]], stable: Mapping[int, int], epoch: int
+    ) -> Applied | None:
+        """Apply one header and account for its offsets; None if `epoch` is older than what this worker knows."""
+        if epoch < self._fence:
+            return None
+        self._fence = epoch
+        for partition, (low, high) in ranges.items():
+            self._watermarks.setdefault(partition, Watermark()).add(low, high)
+        stamp = self.watermarks
+        if batch is None or not len(batch):
+            self.store.stamp(stamp)
+            applied = Applied(0, 0, 0, ())
+        else:
+            applied = self.store.apply(batch, stamp)
+        if not self.state.moving:
+            self.store.forget(stable)
+        self._wake()
+        return applied
+
+    async def wait(self, required: Mapping[int, int], deadline: float) -> None:
+        """Return once every offset below `required` has been applied here.
+
+        Raises
+        ------
+        ConsistencyTimeout
+            After `deadline` seconds; names the topic partitions and offsets that were missing.
+        """
+        if self._reached(required):
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (required, waiter)
+        self._waiters.append(entry)
+        try:
+            await asyncio.wait_for(waiter, deadline)
+        except TimeoutError:
+            marks = self.watermarks
+            missing = ", ".join(
+                f"topic partition {partition}: {marks.get(partition, 0)} of {offset}"
+                for partition, offset in sorted(required.items())
+                if marks.get(partition, 0) < offset
+            )
+            raise ConsistencyTimeout(
+                f"collection {self.state.spec.name!r}: {self.address} had not applied everything asked for within "
+                f"{deadline:g} s ({missing}); wait longer (deadline=) or ask for less (consistency='eventual')"
+            ) from None
+        finally:
+            if entry in self._waiters:
+                self._waiters.remove(entry)
+
+    def _reached(self, required: Mapping[int, int]) -> bool:
+        stamp = self.store.view.stamp
+        return all(stamp.get(partition, 0) >= offset for partition, offset in required.items())
+
+    def _wake(self) -> None:
+        if not self._waiters:
+            return
+        for required, waiter in self._waiters:
+            if not waiter.done() and self._reached(required):
+                waiter.set_result(None)
+
+    def status(self) -> dict[str, Any]:
+        """What `Collection.status` shows of this copy; plain msgpack types."""
+        return {
+            "address": self.address,
+            "state": self.state.members.get(self.address, "out"),
+            "epoch": self.state.epoch,
+            "watermarks": [[partition, offset] for partition, offset in self.watermarks.items()],
+            **self.store.statistics(),
+        }

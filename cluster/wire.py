@@ -1,0 +1,85 @@
+"""Rows and batches as plain msgpack: columns of raw little-endian bytes and lists. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.gpu.rows import Batch
+from headrace.gpu.store import StoredRow
+
+__all__ = [
+    "batch_from_wire",
+    "batch_to_wire",
+    "floats_from_wire",
+    "floats_to_wire",
+    "offsets_from_wire",
+    "offsets_to_wire",
+    "rows_from_wire",
+    "rows_to_wire",
+]
+
+_COLUMNS = {"topic_partitions": "<i4", "offsets": "<i8", "timestamps": "<i8", "cells": "<i4", "actions": "u1"}
+
+
+def batch_to_wire(batch: Batch) -> dict[str, Any]:
+    columns = {name: np.asarray(getattr(batch, name), dtype=kind).tobytes() for name, kind in _COLUMNS.items()}
+    return columns | {
+        "ids": list(batch.ids),
+        "vectors": floats_to_wire(batch.vectors),
+        "attributes": {name: list(values) for name, values in batch.attributes.items()},
+    }
+
+
+def batch_from_wire(wire: Mapping[str, Any]) -> Batch:
+    columns = {name: np.frombuffer(wire[name], dtype=kind) for name, kind in _COLUMNS.items()}
+    return Batch(
+        ids=wire["ids"], vectors=floats_from_wire(wire["vectors"]), attributes=dict(wire["attributes"]), **columns
+    )
+
+
+def floats_to_wire(matrix: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """A float32 matrix as its bytes and shape."""
+    return {"shape": list(matrix.shape), "bytes": np.ascontiguousarray(matrix, dtype="<f4").tobytes()}
+
+
+def floats_from_wire(wire: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """Read-only view on the bytes received."""
+    return np.frombuffer(wire["bytes"], dtype="<f4").reshape(wire["shape"])
+
+
+def offsets_to_wire(offsets: Mapping[int, int]) -> list[list[int]]:
+    """Topic partition to offset as pairs: msgpack, as Dask reads it, wants text for the keys of a map."""
+    return [[int(partition), int(offset)] for partition, offset in offsets.items()]
+
+
+def offsets_from_wire(wire: Sequence[Sequence[int]]) -> dict[int, int]:
+    return {partition: offset for partition, offset in wire}
+
+
+def rows_to_wire(rows: Sequence[StoredRow | None]) -> list[Any]:
+    return [
+        row
+        and [
+            row.id,
+            row.topic_partition,
+            row.offset,
+            row.timestamp,
+            row.cell,
+            row.attributes,
+            None if row.vector is None else np.ascontiguousarray(row.vector, dtype="<f4").tobytes(),
+        ]
+        for row in rows
+    ]
+
+
+def rows_from_wire(wire: Sequence[Any]) -> list[StoredRow | None]:
+    return [
+        StoredRow(*row[:5], dict(row[5]), None if row[6] is None else np.frombuffer(row[6], dtype="<f4"))
+        if row
+        else None
+        for row in wire
+    ]

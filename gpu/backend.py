@@ -1,0 +1,250 @@
+"""One contract, two backends: what the rest of Headrace may ask of a device.
+
+``rapids`` (cuDF, cuML, cuVS) and ``host`` (pandas, FAISS) are twin packages: the same modules with the same names and
+the same calls. A backend is resolved once, at the start of a worker, and handed down as a parameter; nothing looks it
+up again deep inside, and nothing falls back silently: what a backend cannot do raises `BackendError` naming it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from headrace.gpu.errors import BackendError
+
+__all__ = ["Array", "Backend", "Flat", "Frames", "Graph", "KMeans", "available", "resolve"]
+
+log = logging.getLogger("headrace.gpu")
+
+Array = Any
+"""A NumPy or CuPy array: the element of `Backend.xp`."""
+
+METRICS = ("cosine", "ip", "l2")
+"""cosine (vectors are normalised on the way in, score = dot product), inner product, squared Euclidean distance."""
+
+
+class Frames(Protocol):
+    """Records as columns: pandas on the host, cuDF on RAPIDS."""
+
+    def decode_json(self, values: Sequence[bytes]) -> tuple[Any, dict[int, str]]:
+        """Parse one JSON object per value, all in one call.
+
+        Returns
+        -------
+        frame : pandas.DataFrame or cudf.DataFrame
+            One row per value that is a JSON object, indexed by its position in `values`; one column per field that any
+            of them has. Absent and null are the frame's null. A column keeps the JSON type of its values
+            (object columns hold mixed types where the records disagree: the caller refuses record by record).
+        bad : dict of int to str
+            Position of each value that cannot be used, and why (not UTF-8, broken JSON, a duplicate key, nested too
+            deeply, not an object). One bad value never touches its neighbours.
+        """
+
+    def to_lists(self, frame: Any) -> dict[str, list[Any]]:
+        """Columns as lists of plain Python values (str, int, float, bool, list, dict, None), in the frame's order."""
+
+    def vectors(self, frame: Any, column: str, dim: int) -> tuple[Array, Array]:
+        """The list column as one matrix.
+
+        Returns
+        -------
+        matrix : Array of float32, (r, dim)
+        rows : Array of int64, (r,)
+            Positions in the frame (0-based) whose list has exactly `dim` numbers; the others are left out, and the
+            caller says why.
+        """
+
+
+class KMeans(Protocol):
+    """Training of the codebook and assignment to its cells."""
+
+    def train(
+        self, sample: Array, cells: int, *, seed: int = 0, iterations: int = 20, init: Array | None = None
+    ) -> Array:
+        """Train with squared Euclidean distance.
+
+        Parameters
+        ----------
+        sample : float32 (n, dim)
+            n >= 1; with no more vectors than cells they become the centroids themselves, some of them repeated.
+        cells : int
+        seed : int
+            The same arguments give the same centroids on the same backend and number of threads.
+        iterations : int
+        init : float32 (cells, dim), optional
+            Start from these centroids: a cell keeps its number.
+
+        Returns
+        -------
+        centroids : float32 (cells, dim)
+
+        Raises
+        ------
+        BackendError
+            The sample is empty, or `init` has another shape than the centroids asked for.
+        """
+
+    def assign(self, vectors: Array, centroids: Array) -> tuple[Array, Array]:
+        """Nearest centroid of each vector; of equally near ones the first.
+
+        A vector gets the same label whatever else is in the batch, and on either backend.
+
+        Returns
+        -------
+        labels : int32 (n,)
+        distances : float32 (n,)
+            Squared.
+        """
+
+
+class Flat(Protocol):
+    """Exact search."""
+
+    def search(self, vectors: Array, alive: Array, queries: Array, k: int, metric: str) -> tuple[Array, Array]:
+        """The `k` best live rows for each query.
+
+        Parameters
+        ----------
+        vectors : float32 (n, dim)
+        alive : bool (n,)
+        queries : float32 (q, dim)
+        metric : one of `METRICS`; for "cosine" both sides are normalised already
+
+        Returns
+        -------
+        scores : float32 (q, k)
+            Best first. Inner product (higher is better) for cosine and ip; squared distance (lower is better) for l2.
+            Where there are fewer than `k` live rows: -inf (cosine, ip) or +inf (l2).
+        rows : int64 (q, k)
+            Row numbers, -1 where there is none.
+        """
+
+
+class Graph(Protocol):
+    """An approximate graph index over rows that will never change (HNSW on the host, CAGRA on RAPIDS)."""
+
+    def build(self, vectors: Array, metric: str, *, degree: int = 32, effort: int = 100, threads: int = 1) -> Any:
+        """Build an index over `vectors`; may take seconds, so call it off the event loop.
+
+        Parameters
+        ----------
+        vectors : float32 (n, dim)
+            n >= 1.
+        metric : one of `METRICS`
+        degree : int
+            Links per row.
+        effort : int
+            efConstruction / intermediate_graph_degree.
+        threads : int
+            Host threads to build with, at most.
+
+        Raises
+        ------
+        BackendError
+            There are no vectors.
+        """
+
+    def search(self, index: Any, alive: Array, queries: Array, k: int, *, effort: int = 64) -> tuple[Array, Array]:
+        """As `Flat.search`, approximately, with the bitset applied inside the search. Thread-safe.
+
+        A query gets fewer than `k` rows only if fewer are alive.
+
+        Parameters
+        ----------
+        index : Any
+            From `build` or `load`, which also fix the metric.
+        alive : bool (n,)
+            Row r is row r of `build`.
+        queries : float32 (q, dim)
+        k : int
+        effort : int
+            efSearch / itopk_size where all rows are alive; more is taken by itself where many are dead.
+
+        Returns
+        -------
+        scores : float32 (q, k)
+        rows : int64 (q, k)
+        """
+
+    def vectors(self, index: Any, rows: Array) -> Array:
+        """The stored vectors of `rows`, float32 (r, dim), exactly as given to `build`."""
+
+    def nbytes(self, index: Any) -> int:
+        """Bytes the index holds, vectors included."""
+
+    def save(self, index: Any, path: Path) -> None:
+        """Write the index to `path`; raises `BackendError` if it cannot be written."""
+
+    def load(self, path: Path) -> Any:
+        """Read an index written by `save` of the same backend; raises `BackendError` if it is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The chosen twin, passed down from the worker to whatever needs a device.
+
+    Attributes
+    ----------
+    name : {"host", "rapids"}
+    xp : module
+        numpy or cupy.
+    frames, kmeans, flat, graph
+        The twin modules; each satisfies the Protocol of its name.
+    """
+
+    name: str
+    xp: ModuleType
+    frames: Frames
+    kmeans: KMeans
+    flat: Flat
+    graph: Graph
+
+
+_ARRAYS: Mapping[str, str] = {"host": "numpy", "rapids": "cupy"}
+
+
+def available() -> dict[str, str]:
+    """What each backend lacks here: an empty text means it can be used."""
+    return {name: _missing(name) for name in _ARRAYS}
+
+
+def resolve(name: str = "auto") -> Backend:
+    """Load a backend by name; "auto" takes RAPIDS where it imports and a device answers, else the host.
+
+    Raises
+    ------
+    BackendError
+        The name is unknown, or the backend asked for by name cannot be used here; says why.
+    """
+    if name == "auto":
+        why = _missing("rapids")
+        name = "host" if why else "rapids"
+        log.info("backend: %s%s", name, f" ({why})" if why else "")
+    if name not in _ARRAYS:
+        raise BackendError(f"unknown backend {name!r}: use 'auto', 'host' or 'rapids'")
+    if why := _missing(name):
+        raise BackendError(f"backend {name!r} cannot be used here: {why}")
+    twin = {
+        part: importlib.import_module(f"headrace.gpu.{name}.{part}") for part in ("frames", "kmeans", "flat", "graph")
+    }
+    return Backend(name=name, xp=importlib.import_module(_ARRAYS[name]), **twin)
+
+
+def _missing(name: str) -> str:
+    if name == "host":
+        return ""
+    for library in ("cupy", "cudf", "cuml", "cuvs"):
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed (pip install 'headrace[rapids]')"
+    cupy = importlib.import_module("cupy")
+    try:
+        devices = int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device answers ({error})"
+    return "" if devices else "no CUDA device"

@@ -1,0 +1,1 @@
+"""The host backend: pandas and orjson, FAISS, NumPy. Twin of `headrace.gpu.rapids`, module by module."""

@@ -1,0 +1,69 @@
+"""The nearest centroid: one piece of code over NumPy and CuPy, so that both backends give a row the same cell."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from headrace.gpu.errors import BackendError
+
+__all__ = ["assign", "check_training", "train_few"]
+
+Array = Any
+
+_MAX_DISTANCES = 1 << 22
+
+
+def assign(xp: ModuleType, vectors: Array, centroids: Array) -> tuple[Array, Array]:
+    """Nearest centroid of each vector: labels int32 (n,) and squared distances float32 (n,).
+
+    A vector's label does not depend on its neighbours in the batch: two copies that read the same record in different
+    batches must put it into the same cell. Matrix products of different shapes differ in their last bits, so this
+    counts in float64 and takes the first of the centroids that are as near as float64 can tell.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy.
+    vectors : float32 (n, dim)
+    centroids : float32 (cells, dim)
+    """
+    labels = xp.empty(len(vectors), dtype=xp.int32)
+    distances = xp.empty(len(vectors), dtype=xp.float32)
+    wide = centroids.astype(xp.float64)
+    lengths = xp.einsum("ij,ij->i", wide, wide)
+    step = max(1, _MAX_DISTANCES // len(centroids))
+    for start in range(0, len(vectors), step):
+        part = vectors[start : start + step].astype(xp.float64)
+        gaps = lengths - 2 * (part @ wide.T)
+        scale = xp.einsum("ij,ij->i", part, part) + lengths.max()
+        label = (gaps <= (gaps.min(axis=1) + 1e-12 * scale)[:, None]).argmax(axis=1)
+        labels[start : start + step] = label
+        gap = part - wide[label]
+        distances[start : start + step] = xp.einsum("ij,ij->i", gap, gap)
+    return labels, distances
+
+
+def check_training(sample: Array, cells: int, init: Array | None) -> None:
+    """Raise `BackendError` unless `cells` centroids can be trained on `sample`, from `init` if given."""
+    n, dim = sample.shape
+    if n == 0 or cells < 1:
+        raise BackendError(f"cannot train {cells} cells on {n} vectors: give at least one of each")
+    if init is not None and init.shape != (cells, dim):
+        raise BackendError(f"the initial centroids have shape {init.shape}: this training needs ({cells}, {dim})")
+
+
+def train_few(xp: ModuleType, sample: Array, cells: int, iterations: int, init: Array | None) -> Array:
+    """Centroids, float32 (cells, dim), where there are no more vectors than cells.
+
+    The libraries refuse such samples, and there is nothing to cluster: the vectors themselves are the centroids,
+    repeated. With `init` the old centroids stay, and those that have vectors move to their mean.
+    """
+    if init is None:
+        return xp.asarray(sample, dtype=xp.float32)[xp.arange(cells) % len(sample)]
+    centroids = xp.array(init, dtype=xp.float32)
+    for _ in range(iterations):
+        labels, _distances = assign(xp, sample, centroids)
+        for label in xp.unique(labels).tolist():
+            centroids[label] = sample[labels == label].mean(axis=0)
+    return centroids

@@ -1,0 +1,69 @@
+"""What the libraries of a device return, made exact and put in order: one piece of code over NumPy and CuPy."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+__all__ = ["bitset", "nothing_found", "rank"]
+
+Array = Any
+
+
+def bitset(xp: ModuleType, alive: Array) -> Array:
+    """Bool (n,) as bits, uint32 (ceil(n / 32),): row r is bit r % 32 of word r // 32."""
+    octets = xp.packbits(alive, bitorder="little")
+    padded = xp.zeros(-(-len(octets) // 4) * 4, dtype=xp.uint8)
+    padded[: len(octets)] = octets
+    return padded.view(xp.uint32)
+
+
+def nothing_found(xp: ModuleType, queries: int, k: int, metric: str) -> tuple[Array, Array]:
+    """The answer of `headrace.gpu.backend.Flat.search` where no row is alive."""
+    worst = xp.inf if metric == "l2" else -xp.inf
+    return xp.full((queries, k), worst, dtype=xp.float32), xp.full((queries, k), -1, dtype=xp.int64)
+
+
+def rank(
+    xp: ModuleType, vectors: Array, alive: Array, queries: Array, rows: Array, k: int, metric: str
+) -> tuple[Array, Array]:
+    """Score candidate rows exactly and put the best first.
+
+    Libraries differ in the sign of an inner product, in how exact a distance is, and in what they put where they have
+    found nothing; the rows are all that is taken from them.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy.
+    vectors : float32 (n, dim)
+    alive : bool (n,)
+    queries : float32 (q, dim)
+    rows : any integers, (q, r)
+        Candidates, none twice; what is no live row is ignored.
+    k : int
+    metric : one of `headrace.gpu.backend.METRICS`
+
+    Returns
+    -------
+    scores : float32 (q, k)
+    rows : int64 (q, k)
+        As in `headrace.gpu.backend.Flat.search`.
+    """
+    rows = rows.astype(xp.int64)
+    usable = (rows >= 0) & (rows < len(vectors))
+    rows = xp.where(usable, rows, 0)
+    usable &= alive[rows]
+    candidates = vectors[rows]
+    if metric == "l2":
+        gaps = candidates - queries[:, None, :]
+        values = -xp.einsum("qrd,qrd->qr", gaps, gaps)
+    else:
+        values = xp.einsum("qrd,qd->qr", candidates, queries)
+    values = xp.where(usable, values, -xp.inf).astype(xp.float32)
+    order = xp.argsort(-values, axis=1, kind="stable")[:, :k]
+    scores, best = nothing_found(xp, len(queries), k, metric)
+    found = order.shape[1]
+    scores[:, :found] = xp.take_along_axis(-values if metric == "l2" else values, order, axis=1)
+    best[:, :found] = xp.take_along_axis(xp.where(usable, rows, -1), order, axis=1)
+    return scores, best

@@ -1,0 +1,71 @@
+"""What travels in one apply call, and what a row is: plain columns, no behaviour.
+
+A *version* is a record's place in the log: ``(topic partition, offset)``. One id normally comes from one topic partition, so
+two versions of it compare by offset; an id that arrives from two is decided by Kafka's timestamp and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["DELETED", "Action", "Batch", "Id", "row_hash"]
+
+Id = str | int
+"""The user's own key."""
+
+DELETED = -1
+"""The cell of a record that deletes its id."""
+
+
+class Action(IntEnum):
+    """What one worker is told to do with one row of a header."""
+
+    DROP = 0  # not yours (or deleted): forget an older row, remember the version
+    KEEP = 1  # yours and believed to be there already: take over the cell's new number
+    HOLD = 2  # yours: the vector is attached
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A header for one worker, with the vectors of the rows it is to hold.
+
+    Attributes
+    ----------
+    ids : sequence of str or int, (n,)
+    topic_partitions : int32 (n,)
+    offsets : int64 (n,)
+    timestamps : int64 (n,), ms since the epoch, Kafka's
+    cells : int32 (n,)
+        `DELETED` where the record deletes.
+    actions : uint8 (n,)
+        An `Action` each.
+    vectors : float32 (h, dim)
+        Of the rows whose action is `Action.HOLD`, in order.
+    attributes : dict of str to list, each (h,)
+        None where a row lacks the attribute.
+    """
+
+    ids: Sequence[Id]
+    topic_partitions: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    timestamps: npt.NDArray[np.int64]
+    cells: npt.NDArray[np.int32]
+    actions: npt.NDArray[np.uint8]
+    vectors: npt.NDArray[np.float32]
+    attributes: dict[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def row_hash(row_id: Id, topic_partition: int, offset: int) -> int:
+    """64 bits of ``(id, version)``, the same in every process; sums of it are an order-free digest."""
+    key = f"{type(row_id).__name__}:{row_id}\0{topic_partition}:{offset}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")

@@ -1,0 +1,32 @@
+"""What every test may use: one embedded broker for the session, a fresh topic for each test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from headrace.streams.broker import EmbeddedBroker
+
+# A shared machine may stall for longer than the default of 200 ms.
+settings.register_profile("headrace", deadline=None)
+settings.load_profile("headrace")
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[EmbeddedBroker]:
+    """A running broker that tests share: a test that breaks brokers starts one of its own."""
+    with EmbeddedBroker() as running:
+        yield running
+
+
+@pytest.fixture
+def topic(broker: EmbeddedBroker) -> str:
+    """The name of an empty topic with 4 topic partitions."""
+    name = f"test-{next(_NUMBERS)}"
+    broker.create_topic(name, 4)
+    return name
