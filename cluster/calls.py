@@ -24,7 +24,7 @@ Call = Callable[..., Awaitable[dict[str, Any]]]
 Handler = Callable[..., Awaitable[dict[str, Any]]]
 
 
-async def call(pool: Any, address: str, op: str, *, deadline: float, **message: Any) -> dict[str, Any]:
+async def call(pool: Any, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
     """Ask `address` to do ``headrace_<op>`` and wait for its answer.
 
     Parameters
@@ -63,7 +63,7 @@ def answering(handler: Handler) -> Handler:
             return await handler(*args, **kwargs)
         except HeadraceError as error:
             return {"error": [type(error).__name__, str(error)]}
-        except Exception as error:  # noqa: BLE001 (the boundary: whatever it is, the caller must hear of it)
+        except Exception as error:
             log.exception("%s failed", handler.__name__)
             return {"error": ["HeadraceError", f"{handler.__name__} failed: {type(error).__name__}: {error}"]}
 

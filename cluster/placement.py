@@ -1,11 +1,13 @@
 """Who holds which cell: a pure, deterministic function from what is known to who should hold what.
 
-Few rows move: a copy that is there stays, and only what is missing is given to whoever holds least. Copies are scattered,
-because each missing copy is placed by itself, so that the copies of one worker's cells spread over all the others.
+Few rows move: a copy that is there stays, and only what is missing is given to whoever holds least. Copies are
+scattered, because each missing copy is placed by itself, so that the copies of one worker's cells spread over all the
+others.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["assign_readers", "cover", "place"]
@@ -55,7 +57,7 @@ def place(
 
 
 def assign_readers(partitions: int, workers: Sequence[str], current: Mapping[int, str]) -> dict[int, str]:
-    """Share out topic partitions evenly; those that are read already move only where the shares differ by more than one."""
+    """Share out topic partitions evenly; one that is read already moves only where shares differ by more than one."""
     alive = sorted(workers)
     if not alive:
         return {}
@@ -104,7 +106,5 @@ def cover(cells: Iterable[int], serving: Mapping[int, Sequence[str]], *, avoid: 
 
 def _mix(cell: int, worker: str) -> int:
     """A fixed order per cell, so that equal loads do not always choose the same worker."""
-    value = cell
-    for char in worker:
-        value = (value * 31 + ord(char)) & 0xFFFF_FFFF
-    return value * 2654435761 & 0xFFFF_FFFF
+    # A real hash: addresses differ in a digit or two, and a linear one pairs the same workers for every cell.
+    return int.from_bytes(hashlib.blake2b(f"{cell} {worker}".encode(), digest_size=8).digest(), "little")

@@ -19,16 +19,15 @@ Moves = dict[str, list[int]]
 def membership(state: CollectionState, live: Collection[str], rows: Mapping[int, int] | None = None) -> CollectionState:
     """The state with `live` as its workers; the same object when nothing changes.
 
-    A worker that is new joins: it is sent all writes from now on and copies of cells that lack some, and is not read until
-    `settle`. If some cell has lost its last copy, the collection begins again from the log (a new incarnation).
+    A worker that is new joins: it is sent all writes from now on and copies of cells that lack some, and is not read
+    until `settle`. If some cell has lost its last copy, the collection begins again from the log (a new incarnation).
     """
     if set(live) == set(state.members):
         return state
     active = [address for address in state.active if address in live]
-    first = not active
     serving = {cell: tuple(a for a in holders if a in active) for cell, holders in state.serving.items()}
     lost = [cell for cell in state.cells if not serving.get(cell)]
-    if first or lost:
+    if lost:
         members = dict.fromkeys(sorted(live), "active")
         begun = state.source is not None and bool(state.members)
         copies = place(state.codebook.cells, list(live), state.spec.replicas)
@@ -36,7 +35,7 @@ def membership(state: CollectionState, live: Collection[str], rows: Mapping[int,
         if begun:
             alarms = (
                 *alarms,
-                f"the last copy of {len(lost) or 'all'} cells was lost: the log was read again from its start",
+                f"the last copy of {len(lost)} cells was lost: the log was read again from its start",
             )
         return _with_readers(
             state.with_(
@@ -67,11 +66,21 @@ def membership(state: CollectionState, live: Collection[str], rows: Mapping[int,
 
 
 def adopt_codebook(state: CollectionState, centroids: npt.NDArray[np.float32]) -> CollectionState:
-    """The state in which writes are routed by new centroids, float32 (cells, dim), and old rows wait to be relabelled."""
+    """The state that routes writes by new centroids, float32 (cells, dim), while old rows wait to be relabelled.
+
+    Raises
+    ------
+    ValueError
+        The rows of the codebook before the current one still wait: `settle` first, or they would be lost.
+    """
+    if state.previous is not None:
+        raise ValueError(
+            f"collection {state.spec.name!r} still moves to codebook {state.codebook.generation}: settle first"
+        )
     old = state.codebook
     book = Codebook(old.generation + 1, old.first + len(old.centroids), centroids)
     fresh = place(book.cells, state.active, state.spec.replicas)
-    # A row gets a new cell's number only by an apply that goes to all of that cell's copies: they serve it from the start.
+    # A row gets a new cell's number only by an apply that goes to all of that cell's copies: they serve it at once.
     return state.with_(
         epoch=state.epoch + 1,
         codebook=book,
@@ -83,7 +92,7 @@ def adopt_codebook(state: CollectionState, centroids: npt.NDArray[np.float32]) -
 
 
 def moves(state: CollectionState) -> Moves:
-    """Who must send which cells' rows on: cells that wait for a new number, and cells of which a copy is not complete."""
+    """Who must send which cells' rows on: cells that wait for a new number, and those with an incomplete copy."""
     work: Moves = {}
     waiting = set(state.previous.cells) if state.previous else set()
     for cell, holders in state.copies.items():

@@ -1,7 +1,8 @@
 """What everybody in a cluster must agree on about one collection, under one number: the epoch.
 
-The scheduler's coordinator makes a new `CollectionState` for every change and sends it to all workers; clients fetch it. A
-message that carries an older epoch than its receiver knows is refused, and its sender fetches the newer state and tries again.
+The scheduler's coordinator makes a new `CollectionState` for every change and sends it to all workers; clients fetch
+it. A message that carries an older epoch than its receiver knows is refused, and its sender fetches the newer state and
+tries again.
 On the wire a state is plain msgpack: nothing here is ever pickled.
 """
 
@@ -198,10 +199,8 @@ class CollectionState:
             copies={row[0]: tuple(row[1:]) for row in wire["copies"]},
             serving={row[0]: tuple(row[1:]) for row in wire["serving"]},
             moving=wire["moving"],
-            source=Source(**{**source, "origins": {key: value for key, value in source["origins"]}})
-            if source
-            else None,
-            readers={key: value for key, value in wire["readers"]},
+            source=Source(**{**source, "origins": dict(source["origins"])}) if source else None,
+            readers=dict(wire["readers"]),
             schema=dict(wire["schema"]),
             alarms=tuple(wire["alarms"]),
         )

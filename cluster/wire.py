@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.gpu.rows import Batch
+from headrace.gpu.rows import Batch, Id
 from headrace.gpu.store import StoredRow
 
 __all__ = [
@@ -57,7 +57,7 @@ def offsets_to_wire(offsets: Mapping[int, int]) -> list[list[int]]:
 
 
 def offsets_from_wire(wire: Sequence[Sequence[int]]) -> dict[int, int]:
-    return {partition: offset for partition, offset in wire}
+    return {int(partition): int(offset) for partition, offset in wire}
 
 
 def rows_to_wire(rows: Sequence[StoredRow | None]) -> list[Any]:
@@ -77,9 +77,17 @@ def rows_to_wire(rows: Sequence[StoredRow | None]) -> list[Any]:
 
 
 def rows_from_wire(wire: Sequence[Any]) -> list[StoredRow | None]:
-    return [
-        StoredRow(*row[:5], dict(row[5]), None if row[6] is None else np.frombuffer(row[6], dtype="<f4"))
-        if row
-        else None
-        for row in wire
-    ]
+    return [row and _row_from_wire(*row) for row in wire]
+
+
+def _row_from_wire(
+    row_id: Id,
+    topic_partition: int,
+    offset: int,
+    timestamp: int,
+    cell: int,
+    attributes: Mapping[str, Any],
+    vector: bytes | None,
+) -> StoredRow:
+    floats = None if vector is None else np.frombuffer(vector, dtype="<f4")
+    return StoredRow(row_id, topic_partition, offset, timestamp, cell, dict(attributes), floats)

@@ -1,4 +1,4 @@
-"""Which segments should become one: a pure function of their sizes (the habit of Tantivy's and Lucene's merge policies)."""
+"""Which segments should become one: a pure function of their sizes, as in Tantivy's and Lucene's merge policies."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class MergePolicy:
     Attributes
     ----------
     fan_in : int
-        Fewer means fewer segments to search and more rewriting: each row is rewritten about log(rows) / log(fan_in) times.
+        Fewer means fewer segments to search and more rewriting: each row is rewritten about log(rows) / log(fan_in)
+        times.
     tier : float
     dead_share : float
         A segment with a larger share of deleted rows is rewritten by itself.
     max_rows : int
-        Segments with more live rows than this are left alone.
+        No merge of several segments makes a larger one.
     """
 
     fan_in: int = 4

@@ -1,7 +1,8 @@
 """What travels in one apply call, and what a row is: plain columns, no behaviour.
 
-A *version* is a record's place in the log: ``(topic partition, offset)``. One id normally comes from one topic partition, so
-two versions of it compare by offset; an id that arrives from two is decided by Kafka's timestamp and counted.
+A *version* is a record's place in the log: ``(topic partition, offset)``. One id normally comes from one topic
+partition, so two versions of it compare by offset; an id that arrives from two is decided by Kafka's timestamp and
+counted.
 """
 
 from __future__ import annotations

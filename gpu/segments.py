@@ -1,7 +1,8 @@
 """Rows side by side: one growing segment that is appended to, and sealed ones that never change.
 
 Both keep the same columns. What may still change about a row after it was written, whether it is alive and its cell's
-number, lives in a `SegmentView`, replaced as a whole, never edited: a search that holds a view sees one moment of the store.
+number, lives in a `SegmentView`, replaced as a whole, never edited: a search that holds a view sees one moment of the
+store.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _serial = itertools.count(1)
 
 
 class Segment:
-    """The columns that every segment has. Appending and everything else that changes them belongs to the store's lock."""
+    """The columns that every segment has; whatever changes them happens under the store's lock."""
 
     def __init__(self, capacity: int) -> None:
         self.serial = next(_serial)
@@ -86,7 +87,8 @@ class Growing(Segment):
         self._vectors[first:last] = self._backend.xp.asarray(vectors, dtype=self._backend.xp.float32)
         for name, values in attributes.items():
             if name not in self.attributes:
-                self.attributes[name] = np.full(len(self.ids), None, dtype=object)
+                # A new dictionary: searches walk through the old one without the lock.
+                self.attributes = self.attributes | {name: np.full(len(self.ids), None, dtype=object)}
             column = self.attributes[name]
             for row, value in enumerate(values, first):
                 column[row] = value
@@ -170,7 +172,7 @@ class SegmentView:
 
 
 def take(sources: Sequence[tuple[Segment, npt.NDArray[np.int64]]], backend: Backend, target: Segment) -> Array:
-    """Copy chosen rows of several segments into `target`'s columns, in order; returns their vectors, float32 (n, dim)."""
+    """Copy chosen rows of several segments into `target`'s columns, in order; returns vectors, float32 (n, dim)."""
     parts = []
     at = 0
     for segment, rows in sources:

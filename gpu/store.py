@@ -1,8 +1,8 @@
 """A worker's rows of one collection: apply versions, search, and never show anything in between.
 
-One lock guards writing. Every change ends by publishing a new `View`, an immutable picture of all segments together with
-the caller's stamp (the watermarks); searches take the current view and need no lock, so they block nobody and nothing
-blinks: an upsert's old and new row change places in one assignment.
+One lock guards writing. Every change ends by publishing a new `View`, an immutable picture of all segments together
+with the caller's stamp (the watermarks); searches take the current view and need no lock, so they block nobody and
+nothing blinks: an upsert's old and new row change places in one assignment.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = ["Applied", "Found", "Store", "StoreSettings", "StoredRow", "View"]
 log = logging.getLogger("headrace.gpu")
 
 _ROW_BITS = 40
+_ROW_MASK = (1 << _ROW_BITS) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,9 @@ class StoreSettings:
     Attributes
     ----------
     seal_rows : int
-        Rows after which the growing segment is frozen and indexed. An exact scan over 16,384 rows of 384 floats reads 25 MB,
-        about what a graph search of a hundred times more rows costs in time, and spares building many small graphs.
+        Rows after which the growing segment is frozen and indexed. An exact scan over 16,384 rows of 384 floats reads
+        25 MB, about what a graph search of a hundred times more rows costs in time, and spares building many small
+        graphs.
     graph_degree, graph_effort : int
         Of the index build (HNSW's M and efConstruction).
     search_effort : int
@@ -74,7 +76,17 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an apply did: rows inserted, removed, ids decided between two topic partitions, and rows to send again with their vectors."""
+    """What an apply did.
+
+    Attributes
+    ----------
+    inserted, removed : int
+        Rows; one that was replaced counts as both.
+    foreign : int
+        Records decided by timestamp, because their id was known from another topic partition.
+    missing : tuple of int
+        Positions in the batch of the rows to send again with their vectors.
+    """
 
     inserted: int
     removed: int
@@ -115,8 +127,8 @@ class Store:
 
     Notes
     -----
-    Thread-safe. `apply`, `forget`, `drop_cells` take the lock for the length of one batch; `search`, `scan`, `digests` work on a
-    view without it; `maintain` builds indexes outside the lock and swaps them in under it.
+    Thread-safe. `apply`, `forget`, `drop_cells` take the lock for the length of one batch; `search`, `scan`, `digests`
+    work on a view without it; `maintain` builds indexes outside the lock and swaps them in under it.
     """
 
     def __init__(self, backend: Backend, dim: int, metric: str, settings: StoreSettings | None = None) -> None:
@@ -149,7 +161,15 @@ class Store:
         -------
         Applied
             `missing` lists the rows (positions in the batch) told to KEEP that are not here.
+
+        Raises
+        ------
+        ValueError
+            There is not one vector of `dim` numbers for each row to hold; nothing has been changed.
         """
+        held = int(np.count_nonzero(batch.actions == Action.HOLD))
+        if len(batch.vectors) != held or (held and batch.vectors.shape[1:] != (self.dim,)):
+            raise ValueError(f"vectors have shape {batch.vectors.shape}: {held} rows to hold need ({held}, {self.dim})")
         actions = batch.actions.tolist()
         offsets, partitions = batch.offsets.tolist(), batch.topic_partitions.tolist()
         timestamps = batch.timestamps.tolist()
@@ -167,7 +187,7 @@ class Store:
                 if place is None:
                     known = self._gone.get(row_id)
                 else:
-                    known = self._parts[place >> _ROW_BITS].segment.version(place & ((1 << _ROW_BITS) - 1))
+                    known = self._parts[place >> _ROW_BITS].segment.version(place & _ROW_MASK)
                 order = 1
                 if known is not None:
                     order, crossed = _compare(version, known)
@@ -176,13 +196,13 @@ class Store:
                 if order < 0:
                     continue
                 if order == 0 and place is not None and action != Action.DROP:
-                    relabel.setdefault(place >> _ROW_BITS, []).append((place & ((1 << _ROW_BITS) - 1), cells[at]))
+                    relabel.setdefault(place >> _ROW_BITS, []).append((place & _ROW_MASK, cells[at]))
                     continue
                 if action == Action.KEEP:
                     missing.append(at)
                     continue
                 if place is not None:
-                    kill.setdefault(place >> _ROW_BITS, []).append(place & ((1 << _ROW_BITS) - 1))
+                    kill.setdefault(place >> _ROW_BITS, []).append(place & _ROW_MASK)
                     del self._where[row_id]
                 if action == Action.HOLD:
                     self._gone.pop(row_id, None)
@@ -201,7 +221,7 @@ class Store:
         return Applied(len(insert), sum(map(len, kill.values())), foreign, tuple(missing))
 
     def forget(self, stable: Mapping[int, int]) -> None:
-        """Drop remembered deletions below `stable`: offsets that every copy has applied, so that no older row can arrive any more.
+        """Drop remembered deletions below `stable`: offsets below which nothing older will be delivered any more.
 
         Not to be called while rows move between workers: a moved row carries an old version.
         """
@@ -311,7 +331,7 @@ class Store:
             if place is None:
                 found.append(None)
                 continue
-            found.append(_row(parts[place >> _ROW_BITS], place & ((1 << _ROW_BITS) - 1), with_vector=vectors))
+            found.append(_row(parts[place >> _ROW_BITS], place & _ROW_MASK, with_vector=vectors))
         return found, stamp
 
     def scan(
@@ -355,7 +375,7 @@ class Store:
         return sizes
 
     def digests(self) -> tuple[dict[int, tuple[int, int]], Mapping[int, int]]:
-        """Per cell, rows and the order-free sum of `row_hash` over them, computed from the rows; and the view's stamp."""
+        """Per cell, rows and the order-free sum of `row_hash`, computed from the rows; and the view's stamp."""
         view = self._view
         sums: dict[int, tuple[int, int]] = {}
         for part in view.segments:
@@ -386,15 +406,18 @@ class Store:
         return bool(self._frozen) or (len(self._view.segments) > 1 and bool(self._plan()[1]))
 
     def _plan(self) -> tuple[list[SegmentView], list[int]]:
-        parts = [part for part in self._view.segments if part.segment is not self._growing]
-        sizes = [SegmentSize(len(part.alive), part.live, part.segment.serial in self._frozen) for part in parts]
+        # Under the lock: an apply that freezes the growing segment while this looks would seem to end it too early.
+        with self._lock:
+            parts = [part for part in self._parts.values() if part.segment is not self._growing]
+            frozen = set(self._frozen)
+        sizes = [SegmentSize(len(part.alive), part.live, part.segment.serial in frozen) for part in parts]
         return parts, plan(sizes, self._settings.merge)
 
     def maintain(self) -> bool:
         """Rewrite the segments that the policy names into one sealed segment; False when there is nothing to do.
 
-        Runs for seconds on the calling thread, which must not be an event loop; one run at a time. Rows that die or change
-        their cell meanwhile are carried over at the swap.
+        Runs for seconds on the calling thread, which must not be an event loop; one run at a time. Rows that die or
+        change their cell meanwhile are carried over at the swap.
         """
         with self._maintaining:
             parts, chosen = self._plan()
@@ -429,8 +452,9 @@ class Store:
         if sealed is not None:
             alive = np.concatenate([part.alive[rows] for part, (_, rows) in zip(now, sources, strict=True)])
             cells = np.concatenate([part.cells[rows] for part, (_, rows) in zip(now, sources, strict=True)])
-            for row in np.flatnonzero(alive).tolist():
-                self._where[sealed.ids[row]] = sealed.serial << _ROW_BITS | row
+            live = np.flatnonzero(alive)
+            places = live | sealed.serial << _ROW_BITS
+            self._where.update(zip(sealed.ids[live].tolist(), places.tolist(), strict=True))
             self._parts = {sealed.serial: SegmentView(sealed, alive, cells)} | self._parts
         self._publish()
 

@@ -1,0 +1,292 @@
+"""Carrying out what `planning` decides, for one collection, one change at a time.
+
+Runs on the scheduler's event loop and talks to workers through a function handed in, so tests need no Dask. A change is
+published to all members and answered by each only when it has finished what it had begun under the older epoch; only then do
+clients see it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.cluster import planning
+from headrace.cluster.calls import Call
+from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
+from headrace.cluster.wire import floats_from_wire, offsets_from_wire, offsets_to_wire
+from headrace.gpu.errors import ClusterError, CollectionError, HeadraceError, StaleEpoch, TopicError
+
+__all__ = ["Coordinator", "CoordinatorSettings"]
+
+log = logging.getLogger("headrace.cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    """How a collection is looked after.
+
+    Attributes
+    ----------
+    min_rows, sample_rows, iterations : int
+        When the codebook is trained, on how many rows, for how long.
+    publish_deadline : float
+        Seconds that a worker may take to answer a new state before it leaves the placement.
+    move_deadline : float
+        Seconds that one worker may take to send its rows on.
+    tick : float
+        Seconds between looks at what nobody announces: row counts, and workers that had stopped answering.
+    """
+
+    min_rows: int = 4096
+    sample_rows: int = 65_536
+    iterations: int = 20
+    publish_deadline: float = 5.0
+    move_deadline: float = 600.0
+    tick: float = 0.5
+
+
+class Coordinator:
+    """Keeps one collection's state in line with the workers there are. Everything runs on one event loop."""
+
+    def __init__(self, spec: CollectionSpec, call: Call, settings: CoordinatorSettings | None = None) -> None:
+        self.state = CollectionState(spec=spec, codebook=first_codebook(spec.dim))
+        self.published = self.state
+        self._call, self._settings = call, settings or CoordinatorSettings()
+        self._live: set[str] = set()
+        self._suspects: dict[str, str] = {}
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self.ready = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def start(self, live: set[str]) -> None:
+        self._live = set(live)
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"headrace-{self.state.spec.name}")
+        self._wake.set()
+
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def worker_joined(self, address: str) -> None:
+        self._suspects.pop(address, None)
+        self._live.add(address)
+        self._wake.set()
+
+    def worker_left(self, address: str) -> None:
+        self._suspects.pop(address, None)
+        self._live.discard(address)
+        self._wake.set()
+
+    def suspect(self, address: str, why: str) -> None:
+        """A worker did not answer one of its peers: it leaves the placement until it answers again, and then joins anew."""
+        if address in self.state.members and address not in self._suspects:
+            log.warning("collection %r: %s leaves the placement: %s", self.state.spec.name, address, why)
+            self._suspects[address] = why
+            self._wake.set()
+
+    async def attach(self, source: Source) -> None:
+        """Read records from `source`; the same source again changes nothing.
+
+        Raises
+        ------
+        CollectionError
+            The collection reads from another topic.
+        TopicError
+            The topic has another number of topic partitions than when the collection was made.
+        """
+        async with self._lock:
+            old = self.state.source
+            if old and (old.bootstrap, old.topic, old.format, old.partitions) == (
+                source.bootstrap,
+                source.topic,
+                source.format,
+                source.partitions,
+            ):
+                return
+            if old and old.topic == source.topic and old.partitions != source.partitions:
+                raise TopicError(
+                    f"topic {source.topic!r} has {source.partitions} topic partitions and the collection was built on "
+                    f"{old.partitions}: ids would map to others; build a new collection from the topic instead"
+                )
+            if old:
+                raise CollectionError(
+                    f"collection {self.state.spec.name!r} reads topic {old.topic!r} from {old.bootstrap} already; "
+                    "one topic feeds one collection: create another collection for another topic"
+                )
+            await self._publish(planning.attach_source(self.state, source))
+
+    async def learn(self, schema: Mapping[str, str]) -> dict[str, str]:
+        """Take up attributes that a worker has met for the first time; whoever comes first decides their kind."""
+        merged = {**schema, **self.state.schema}
+        if merged != self.state.schema:
+            # No new epoch: a schema only grows, and a worker that does not know a column yet asks here.
+            self.state = self.state.with_(schema=merged)
+            self.published = self.published.with_(schema=merged)
+        return merged
+
+    def alarm(self, text: str) -> None:
+        """Something a person should know; shown by status until the collection is dropped."""
+        if text not in self.state.alarms:
+            log.error("collection %r: %s", self.state.spec.name, text)
+            self.state = self.state.with_(alarms=(*self.state.alarms, text))
+            self.published = self.published.with_(alarms=self.state.alarms)
+
+    async def newer_than(self, epoch: int, patience: float) -> CollectionState:
+        """The working state as soon as it is newer than `epoch`, or after `patience` seconds as it is."""
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: self.state.epoch > epoch), patience)
+            except TimeoutError:
+                pass  # the caller looks at the epoch
+        return self.state
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.tick):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass  # a tick
+            self._wake.clear()
+            try:
+                async with self._lock:
+                    while await self._step():
+                        pass
+            except HeadraceError as error:
+                log.warning("collection %r: %s; trying again", self.state.spec.name, error)
+
+    async def _step(self) -> bool:
+        """One change; True if there may be more to do at once."""
+        await self._recall_suspects()
+        wanted = planning.membership(self.state, self._live - set(self._suspects), None)
+        if wanted is not self.state:
+            if not wanted.members:
+                self.state = wanted
+                return False
+            log.info(
+                "collection %r: %d workers (%d joining), epoch %d",
+                wanted.spec.name,
+                len(wanted.members),
+                sum(role == "joining" for role in wanted.members.values()),
+                wanted.epoch,
+            )
+            await self._publish(wanted)
+            return True
+        if self.state.moving:
+            base = await self._move()
+            if base is None:
+                return bool(self._suspects)
+            await self._publish(planning.settle(self.state), base)
+            return True
+        return await self._train_if_due()
+
+    async def _publish(self, state: CollectionState, base: Mapping[str, Mapping[int, int]] | None = None) -> None:
+        self.state = state
+        async with self._changed:
+            self._changed.notify_all()
+        wire = state.to_wire()
+
+        async def tell(worker: str) -> None:
+            try:
+                await self._call(
+                    worker,
+                    "state",
+                    deadline=self._settings.publish_deadline,
+                    state=wire,
+                    base=offsets_to_wire((base or {}).get(worker, {})),
+                )
+            except HeadraceError as error:
+                self.suspect(worker, str(error))
+
+        await asyncio.gather(*(tell(worker) for worker in state.members))
+        if not any(worker in self._suspects for worker in state.members):
+            self.published = self.state
+            self.ready.set()
+
+    async def _move(self) -> dict[str, dict[int, int]] | None:
+        """Have the rows sent on; the offsets below which joining workers are complete, or None if it must be tried again."""
+        work = planning.moves(self.state)
+        epoch, name = self.state.epoch, self.state.spec.name
+        if work:
+            log.info("collection %r: %d workers send rows on", name, len(work))
+        # Workers with nothing to send still say how far they are: no joining worker may claim more than its peers have.
+        everyone = {worker: work.get(worker, []) for worker in self.state.active}
+        answers = await asyncio.gather(
+            *(
+                self._call(
+                    worker, "move", deadline=self._settings.move_deadline, collection=name, epoch=epoch, cells=cells
+                )
+                for worker, cells in everyone.items()
+            ),
+            return_exceptions=True,
+        )
+        low: dict[int, int] | None = None
+        for worker, answer in zip(everyone, answers, strict=True):
+            if isinstance(answer, StaleEpoch):
+                return None  # overtaken by a newer change
+            if isinstance(answer, ClusterError):
+                if worker not in self._live:
+                    return None
+                self.suspect(worker, str(answer))
+                return None
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer["failed"]:
+                for peer, why in answer["failed"]:
+                    self.suspect(peer, why)
+                return None
+            marks = offsets_from_wire(answer["watermarks"])
+            low = marks if low is None else {tp: min(low.get(tp, 0), mark) for tp, mark in marks.items()}
+        joining = [worker for worker, role in self.state.members.items() if role == "joining"]
+        return {worker: low or {} for worker in joining}
+
+    async def _train_if_due(self) -> bool:
+        state, settings = self.state, self._settings
+        if state.codebook.generation or state.spec.cells < 2 or state.source is None or not state.active:
+            return False
+        trainer = state.serving[state.codebook.first][0]
+        status = await self._ask(trainer, "status", deadline=settings.publish_deadline, collection=state.spec.name)
+        if status["rows"] < settings.min_rows:
+            return False
+        answer = await self._ask(
+            trainer,
+            "train",
+            deadline=settings.move_deadline,
+            collection=state.spec.name,
+            cells=state.spec.cells,
+            sample_rows=settings.sample_rows,
+            iterations=settings.iterations,
+        )
+        centroids = floats_from_wire(answer["centroids"])
+        log.info(
+            "collection %r: codebook of %d cells trained on %d rows", state.spec.name, len(centroids), answer["rows"]
+        )
+        await self._publish(planning.adopt_codebook(self.state, centroids))
+        return True
+
+    async def _ask(self, worker: str, op: str, *, deadline: float, **message: Any) -> dict[str, Any]:
+        try:
+            return await self._call(worker, op, deadline=deadline, **message)
+        except ClusterError as error:
+            self.suspect(worker, str(error))
+            raise
+
+    async def _recall_suspects(self) -> None:
+        """A suspect that answers again has wiped its copy and joins as a new worker would."""
+        gone = [worker for worker in self._suspects if worker not in self.state.members and worker in self._live]
+        for worker in gone:
+            try:
+                await self._call(worker, "reset", deadline=0.25, collection=self.state.spec.name)
+            except HeadraceError:
+                continue  # still away; the next tick asks again
+            self._suspects.pop(worker, None)

@@ -1,0 +1,150 @@
+"""Sending one header to every worker of a collection, the vectors only to those that hold the cells.
+
+Used by the ingest graph for new records and by workers for rows that move: there is one write path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cluster.calls import Call
+from headrace.cluster.state import CollectionState
+from headrace.cluster.wire import batch_to_wire, offsets_to_wire
+from headrace.gpu.errors import ClusterError, StaleEpoch
+from headrace.gpu.rows import DELETED, Action, Batch, Id
+
+__all__ = ["Header", "LocalApply", "fan_out", "part_for"]
+
+LocalApply = Callable[[Batch | None, Mapping[int, tuple[int, int]], Mapping[int, int], int], Any]
+"""`Replica.apply` of the sender's own worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Routed records, before they are cut to what each worker needs.
+
+    Attributes
+    ----------
+    ids : sequence of str or int, (n,)
+    topic_partitions, offsets, timestamps : arrays (n,)
+    cells : int32 (n,)
+        `DELETED` where the record deletes.
+    vectors : float32 (v, dim)
+    vector_at : int64 (n,)
+        Row of `vectors` for each record; not looked at where it deletes.
+    attributes : dict of str to list, each (n,)
+    """
+
+    ids: Sequence[Id]
+    topic_partitions: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    timestamps: npt.NDArray[np.int64]
+    cells: npt.NDArray[np.int32]
+    vectors: npt.NDArray[np.float32]
+    vector_at: npt.NDArray[np.int64]
+    attributes: Mapping[str, Sequence[Any]]
+
+
+def part_for(
+    header: Header, worker: str, state: CollectionState, *, had: frozenset[str] | None = None, resend: bool = False
+) -> Batch | None:
+    """What `worker` is sent of a header; None if nothing concerns it.
+
+    Parameters
+    ----------
+    had : frozenset of str, optional
+        For rows that move: the workers that hold them already, which only hear of the cell's number. Workers that are
+        not to hold a row hear nothing of it; they drop it when the move is settled.
+    resend : bool
+        Attach the vectors even for workers in `had`.
+    """
+    holds = np.fromiter(
+        (cell != DELETED and worker in state.copies.get(cell, ()) for cell in header.cells.tolist()),
+        dtype=np.bool_,
+        count=len(header.cells),
+    )
+    if had is None:
+        rows = np.arange(len(holds))
+        actions = np.where(holds, Action.HOLD, Action.DROP).astype(np.uint8)
+    else:
+        rows = np.flatnonzero(holds)
+        if not len(rows):
+            return None
+        action = Action.KEEP if worker in had and not resend else Action.HOLD
+        actions = np.full(len(rows), action, dtype=np.uint8)
+    with_vector = rows[actions == Action.HOLD]
+    return Batch(
+        ids=[header.ids[row] for row in rows] if had is not None else header.ids,
+        topic_partitions=header.topic_partitions[rows],
+        offsets=header.offsets[rows],
+        timestamps=header.timestamps[rows],
+        cells=header.cells[rows],
+        actions=actions,
+        vectors=header.vectors[header.vector_at[with_vector]],
+        attributes={name: [values[row] for row in with_vector] for name, values in header.attributes.items()},
+    )
+
+
+async def fan_out(
+    call: Call,
+    state: CollectionState,
+    parts: Mapping[str, Batch | None],
+    *,
+    me: str,
+    local: LocalApply,
+    deadline: float,
+    ranges: Mapping[int, tuple[int, int]] | None = None,
+    stable: Mapping[int, int] | None = None,
+) -> dict[str, tuple[int, ...] | ClusterError]:
+    """Apply each worker's part there, all at once.
+
+    Returns
+    -------
+    dict of str to tuple of int or ClusterError
+        For each worker, the rows of its part that it lacks, or why it did not answer.
+
+    Raises
+    ------
+    StaleEpoch
+        Some worker knows a newer epoch: fetch the state, route again, send again.
+    """
+    ranges, stable = ranges or {}, stable or {}
+    shared = {
+        "collection": state.spec.name,
+        "epoch": state.epoch,
+        "incarnation": state.incarnation,
+        "ranges": [[partition, low, high] for partition, (low, high) in ranges.items()],
+        "stable": offsets_to_wire(stable),
+    }
+
+    async def one(worker: str, part: Batch | None) -> tuple[int, ...] | ClusterError:
+        if worker == me:
+            applied = local(part, ranges, stable, state.epoch)
+            if applied is None:
+                raise StaleEpoch(f"epoch {state.epoch} of {state.spec.name!r} is no longer the newest")
+            return tuple(applied.missing)
+        try:
+            answer = await call(
+                worker, "apply", deadline=deadline, batch=None if part is None else batch_to_wire(part), **shared
+            )
+        except StaleEpoch:
+            raise
+        except ClusterError as error:
+            return error
+        return tuple(answer["missing"])
+
+    workers = list(parts)
+    answers = await asyncio.gather(*(one(worker, parts[worker]) for worker in workers), return_exceptions=True)
+    outcome: dict[str, tuple[int, ...] | ClusterError] = {}
+    for worker, answer in zip(workers, answers, strict=True):
+        if isinstance(answer, ClusterError | tuple) and not isinstance(answer, StaleEpoch):
+            outcome[worker] = answer
+        elif isinstance(answer, BaseException):
+            raise answer
+    return outcome

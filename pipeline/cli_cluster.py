@@ -1,0 +1,159 @@
+"""The commands about a cluster and what is on it: ``up``, ``create``, ``status``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from headrace.gpu.errors import ClusterError
+from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table
+
+__all__ = ["create", "status", "up"]
+
+
+@click.command(cls=Command, short_help="Run a cluster on this machine.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Worker processes.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; others than this machine need TLS."
+)
+@click.option("--port", default=8786, show_default=True, type=click.IntRange(0, 65535), help="The scheduler's port.")
+@click.option("--dashboard", default=":8787", show_default=True, help="Where the Dask dashboard listens.")
+@click.option("--backend", default=None, type=click.Choice(["auto", "host", "rapids"]), help="[default: as configured]")
+def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) -> None:
+    """Run a cluster on this machine until Ctrl-C.
+
+    \b
+    Examples:
+      headrace up
+      headrace up --workers 4 --port 9786 --dashboard :9787
+    """
+    import headrace
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        database = headrace.connect(
+            workers=workers,
+            processes=True,
+            backend=backend,
+            dashboard=_on(host, dashboard),
+            host=host,
+            port=port,
+        )
+    except RuntimeError as error:  # what Dask makes of everything that hinders a cluster from starting
+        raise ClusterError(
+            f"no cluster could be started at {host}:{port} ({error.__cause__ or error}): "
+            "if the port is taken, choose another with --port"
+        ) from error
+    with database:
+        click.echo(f"scheduler  {database.address}")
+        click.echo(f"dashboard  {database.dashboard}")
+        click.echo(f'connect    headrace.connect("{database.address}")')
+        click.echo("Ctrl-C stops it")
+        stop.wait()
+        click.echo("stopping", err=True)
+
+
+@click.command(cls=Command, short_help="Create a collection.")
+@click.argument("name")
+@click.option("--dim", type=click.IntRange(1), help="Numbers in a vector; known already where there is an encoder.")
+@click.option("--encoder", help="The model that turns texts into vectors, such as minilm.")
+@click.option("--metric", default="cosine", show_default=True, type=click.Choice(["cosine", "ip", "l2"]))
+@click.option("--cells", type=click.IntRange(1), help="Units of placement and copying.  [default: as configured]")
+@click.option("--replicas", type=click.IntRange(1), help="Copies of each cell.  [default: as configured]")
+@click.option("--ids", default="string", show_default=True, type=click.Choice(["string", "integer"]))
+@cluster_option
+@json_option
+def create(
+    name: str,
+    dim: int | None,
+    encoder: str | None,
+    metric: str,
+    cells: int | None,
+    replicas: int | None,
+    ids: str,
+    cluster: str,
+    as_json: bool,
+) -> None:
+    """Create collection NAME, of texts (--encoder) or of vectors (--dim).
+
+    \b
+    Examples:
+      headrace create docs --encoder minilm
+      headrace create points --dim 128 --metric l2 --ids integer
+    """
+    from dataclasses import asdict
+
+    with connected(cluster) as database:
+        collection = database.create_collection(
+            name,
+            dim=dim,
+            encoder=encoder,
+            metric=metric,
+            cells=cells,
+            replicas=replicas,
+            ids=ids,
+        )
+        spec = asdict(collection.spec)
+    if as_json:
+        click.echo(plain_json(spec))
+    else:
+        table("", ["collection", name], [item for item in spec.items() if item[0] != "name"])
+
+
+@click.command(cls=Command, short_help="Show how collections are.")
+@click.argument("name", required=False)
+@cluster_option
+@json_option
+def status(name: str | None, cluster: str, as_json: bool) -> None:
+    """Show how collection NAME is, or all of them.
+
+    \b
+    Examples:
+      headrace status
+      headrace status docs --json
+    """
+    with connected(cluster) as database:
+        names = [name] if name else database.collections()
+        states = [database.collection(each).status() for each in names]
+        workers = len(database.workers)
+    if as_json:
+        click.echo(plain_json(states[0] if name else {"workers": workers, "collections": states}))
+    elif not states:
+        click.echo(f"{workers} workers, no collection yet: headrace create NAME makes one")
+    for state in [] if as_json else states:
+        _show(state)
+
+
+def _on(host: str, dashboard: str) -> str:
+    """A bare ``:port`` would listen on every network; the dashboard can do what the scheduler can."""
+    return f"{host}{dashboard}" if dashboard.startswith(":") else dashboard
+
+
+def _show(state: Mapping[str, Any]) -> None:
+    taken = state.get("ingest") or {}
+    freshness = taken.get("freshness_ms") or {}
+    facts = {
+        "state": state["state"],
+        "rows": state["rows"],
+        "cells": state["cells"],
+        "epoch": state["epoch"],
+        "codebook": state["codebook"],
+        **{each: taken[each] for each in ("records", "deletes", "dead_letters", "lag") if each in taken},
+        "freshness": ", ".join(
+            f"{each} {freshness[each]:.0f} ms" for each in ("p50", "p95", "p99") if each in freshness
+        ),
+    }
+    table(state["name"], ["", "collection"], [(key, value) for key, value in facts.items() if value != ""])
+    rows = [
+        (worker["address"], worker["state"], worker["rows"], worker["segments"], f"{worker['bytes'] / 2**20:.1f}")
+        for worker in state["workers"]
+    ]
+    table("", ["worker", "state", "rows", "segments", "MiB"], rows, right=["rows", "segments", "MiB"])
+    for alarm in state.get("alarms", []):
+        click.echo(f"! {alarm}")

@@ -1,0 +1,450 @@
+"""The client, asynchronous: the one that does the work. `client` is the same calls for people who do not await.
+
+A collection's reads go straight from here to the workers' handlers; the scheduler only says who they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cluster.calls import Call, call
+from headrace.cluster.state import CollectionSpec, CollectionState
+from headrace.cluster.wire import (
+    floats_from_wire,
+    floats_to_wire,
+    offsets_from_wire,
+    offsets_to_wire,
+    rows_from_wire,
+)
+from headrace.gpu.backend import METRICS
+from headrace.gpu.errors import CollectionError, ConfigError, HeadraceError, RecordError
+from headrace.gpu.store import StoredRow
+from headrace.pipeline import config
+from headrace.pipeline.encoders import describe
+from headrace.pipeline.reads import Router
+from headrace.pipeline.results import Consistency, Hit, Hits, Row, Rows, Verification, Write
+from headrace.pipeline.rows_in import Record, delete_records, upsert_records
+from headrace.pipeline.summary import summarise
+from headrace.streams.producer import RecordProducer
+from headrace.streams.topics import Offsets
+
+__all__ = ["AsyncCollection", "AsyncDatabase"]
+
+Vectors = npt.NDArray[np.float32]
+
+
+class AsyncDatabase:
+    """All collections of one cluster. Belongs to the event loop of `dask_client`."""
+
+    def __init__(self, dask_client: Any, *, owns: Sequence[Any] = ()) -> None:
+        self.dask = dask_client
+        self._owns = owns
+        self._open: dict[str, AsyncCollection] = {}
+
+    @property
+    def address(self) -> str:
+        """The scheduler's address, for `connect` in another process."""
+        return str(self.dask.scheduler.address)
+
+    @property
+    def dashboard(self) -> str:
+        """Where Dask's dashboard can be seen."""
+        return str(self.dask.dashboard_link)
+
+    async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        return await call(self.dask.rpc, address, op, deadline=deadline, **message)
+
+    async def _scheduler(self, op: str, deadline: float = 30.0, **message: Any) -> dict[str, Any]:
+        return await self.call(self.address, op, deadline=deadline, **message)
+
+    async def create_collection(
+        self,
+        name: str,
+        *,
+        dim: int | None = None,
+        metric: str = "cosine",
+        encoder: str | None = None,
+        cells: int | None = None,
+        replicas: int | None = None,
+        ids: str = "string",
+        attributes: Mapping[str, str] | None = None,
+    ) -> AsyncCollection:
+        """Make a collection; see `Database.create_collection`."""
+        spec = make_spec(name, dim, metric, encoder, cells, replicas, ids, attributes)
+        await self._scheduler("create", spec=wire_spec(spec))
+        if attributes:
+            await self._scheduler("learn", collection=name, schema=dict(attributes))
+        return await self.collection(name)
+
+    async def collection(self, name: str) -> AsyncCollection:
+        """Open a collection that exists; raises `CollectionNotFound`."""
+        if name not in self._open:
+            router = Router(name, self.call, self.address)
+            state = await router.state(newest=True)
+            self._open[name] = AsyncCollection(self.call, self.address, router, state.spec)
+        return self._open[name]
+
+    async def collections(self) -> list[str]:
+        return list((await self._scheduler("collections"))["names"])
+
+    async def workers(self) -> dict[str, int]:
+        """Workers that are ready: address to process id."""
+        return dict((await self._scheduler("collections"))["workers"])
+
+    async def drop_collection(self, name: str) -> None:
+        """Forget a collection and its rows; the topic in Kafka stays as it is."""
+        await self._scheduler("drop", collection=name)
+        if opened := self._open.pop(name, None):
+            await opened.close()
+
+    async def status(self) -> dict[str, Any]:
+        names = await self.collections()
+        collections = {name: await (await self.collection(name)).status() for name in names}
+        return {"address": self.address, "workers": await self.workers(), "collections": collections}
+
+    async def close(self) -> None:
+        for opened in self._open.values():
+            await opened.close()
+        self._open.clear()
+        for thing in (self.dask, *self._owns):
+            await thing.close()
+
+    async def __aenter__(self) -> AsyncDatabase:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+
+class AsyncCollection:
+    """One collection: writes go to its Kafka topic, reads to the workers. See `Collection` for what each call does."""
+
+    def __init__(self, call: Call, scheduler: str, router: Router, spec: CollectionSpec) -> None:
+        self.name, self.spec = spec.name, spec
+        self._call, self._scheduler, self._router = call, scheduler, router
+        self._producer: RecordProducer | None = None
+        self._producing = asyncio.Lock()
+        self._session: dict[int, int] = {}
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    async def ingest(self, bootstrap: str, topic: str | None = None, *, format: str = "json") -> None:
+        topic = topic or self.name
+        if format not in ("json", "binary"):
+            raise ConfigError(f"record format {format!r} is not known: use 'json' or 'binary'")
+
+        def look() -> tuple[int, dict[int, int]]:
+            offsets = Offsets(bootstrap, topic, settings=_kafka())
+            return offsets.partitions, offsets.earliest()
+
+        partitions, origins = await asyncio.to_thread(look)
+        await self._call(
+            self._scheduler,
+            "ingest",
+            deadline=30.0,
+            collection=self.name,
+            source={
+                "bootstrap": bootstrap,
+                "topic": topic,
+                "partitions": partitions,
+                "format": format,
+                "origins": offsets_to_wire(origins),
+            },
+        )
+        await self._router.state(newest=True)
+
+    async def upsert(self, frame: Any, *, wait: str | None = None, deadline: float = 10.0) -> Write:
+        return await self._write(upsert_records(frame, self.spec), wait, deadline)
+
+    async def delete(self, ids: Iterable[str | int], *, wait: str | None = None, deadline: float = 10.0) -> Write:
+        given = [ids] if isinstance(ids, str | int) else ids
+        return await self._write(delete_records(given, self.spec), wait, deadline)
+
+    async def _write(self, records: list[Record], wait: str | None, deadline: float) -> Write:
+        if wait not in (None, "searchable"):
+            raise ConfigError(f"wait={wait!r} is not known: use 'searchable', or None to return on Kafka's word")
+        until = time.monotonic() + deadline
+        if not records:
+            return Write({}, 0, ())
+        producer = await self._producer_of_topic(deadline)
+        delivered = await asyncio.to_thread(producer.write, records, deadline)
+        for tp, offset in delivered.offsets.items():
+            self._session[tp] = max(self._session.get(tp, 0), offset)
+        if wait == "searchable":
+            left = max(0.001, until - time.monotonic())
+            await self._router.ask_all("wait", left + 0.5, required=offsets_to_wire(delivered.offsets), deadline_s=left)
+        acks = tuple((self._id(key), tp, offset) for key, tp, offset in delivered.acks)
+        return Write(delivered.offsets, delivered.count, acks)
+
+    def _id(self, key: bytes | None) -> str | int:
+        text = (key or b"").decode()
+        return int(text) if self.spec.ids == "integer" else text
+
+    async def _producer_of_topic(self, deadline: float) -> RecordProducer:
+        async with self._producing:
+            if self._producer is None:
+                source = (await self._router.state()).source or (await self._router.state(newest=True)).source
+                if source is None:
+                    raise CollectionError(
+                        f"collection {self.name!r} has no topic yet: call ingest('localhost:9092', topic='{self.name}') first"
+                    )
+                self._producer = await asyncio.to_thread(
+                    RecordProducer, source.bootstrap, source.topic, settings=_kafka(), deadline=deadline
+                )
+            return self._producer
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def search(
+        self,
+        query: Any,
+        *,
+        limit: int = 10,
+        consistency: Consistency = "session",
+        deadline: float | None = None,
+    ) -> Hits | list[Hits]:
+        if limit < 1:
+            raise ConfigError(f"limit={limit} cannot be: ask for 1 or more")
+        deadline = config.get("search.deadline") if deadline is None else deadline
+        until = time.monotonic() + deadline
+        needed = asyncio.ensure_future(self._router.required(consistency, self._session, deadline))
+        try:
+            vectors, single = await self._queries(query, deadline)
+            required = await needed
+        finally:
+            needed.cancel()
+        answers = await self._router.ask_cover(
+            "search",
+            max(0.001, until - time.monotonic()),
+            required,
+            queries=floats_to_wire(vectors),
+            limit=limit,
+        )
+        applied = _lowest(answers)
+        hits = [
+            Hits(self._best([(a["rows"][at], a["scores"][at]) for a in answers], limit), applied)
+            for at in range(len(vectors))
+        ]
+        return hits[0] if single else hits
+
+    async def _queries(self, query: Any, deadline: float) -> tuple[Vectors, bool]:
+        """Query vectors, float32 (q, dim), normalised for cosine; and whether one was asked."""
+        single = isinstance(query, str)
+        if single or (isinstance(query, list | tuple) and query and all(isinstance(text, str) for text in query)):
+            if self.spec.encoder is None:
+                raise RecordError(
+                    f"collection {self.name!r} has no encoder: search it with a vector of {self.spec.dim} numbers"
+                )
+            texts = [query] if single else list(query)
+            answer = await self._router.ask_any("encode", deadline, encoder=self.spec.encoder, texts=texts)
+            return floats_from_wire(answer["vectors"]), single
+        try:
+            vectors = np.asarray(query, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise RecordError(f"the query is neither a text nor a vector nor a list of either: {error}") from error
+        single = vectors.ndim == 1
+        vectors = np.atleast_2d(vectors)
+        if vectors.ndim != 2 or (len(vectors) and vectors.shape[1] != self.spec.dim):
+            raise RecordError(
+                f"the query has shape {np.shape(query)}, collection {self.name!r} holds vectors of {self.spec.dim} numbers"
+            )
+        if not np.isfinite(vectors).all():
+            raise RecordError("the query has numbers that are not finite: leave them out")
+        if self.spec.metric == "cosine":
+            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+            if not (norms > 0).all():
+                raise RecordError("the query is a zero vector, which has no direction to compare by cosine")
+            vectors = vectors / norms
+        return vectors, single
+
+    def _best(self, answers: list[tuple[Sequence[Any], Sequence[float]]], limit: int) -> list[Hit]:
+        """Merge workers' answers: the newer version of an id counts, then the score."""
+        newest: dict[str | int, tuple[StoredRow, float]] = {}
+        for wire, scores in answers:
+            for row, score in zip(rows_from_wire(wire), scores, strict=True):
+                if row is not None and (row.id not in newest or newest[row.id][0].offset < row.offset):
+                    newest[row.id] = row, score
+        sign = 1.0 if self.spec.metric == "l2" else -1.0
+        ranked = sorted(newest.values(), key=lambda pair: sign * pair[1])[:limit]
+        return [Hit(row.id, score, row.attributes, row.topic_partition, row.offset) for row, score in ranked]
+
+    async def get(
+        self,
+        ids: Sequence[str | int],
+        *,
+        vectors: bool = False,
+        consistency: Consistency = "session",
+        deadline: float | None = None,
+    ) -> Rows:
+        deadline = config.get("search.deadline") if deadline is None else deadline
+        wanted = [ids] if isinstance(ids, str | int) else list(ids)
+        required = await self._router.required(consistency, self._session, deadline)
+        answers = await self._router.ask_cover("get", deadline, required, ids=wanted, vectors=vectors)
+        rows: list[Row | None] = []
+        for copies in zip(*(rows_from_wire(answer["rows"]) for answer in answers), strict=True):
+            there = [row for row in copies if row is not None]
+            rows.append(_row(max(there, key=lambda row: row.offset)) if there else None)
+        return Rows(rows, _lowest(answers))
+
+    async def count(self, *, consistency: Consistency = "session", deadline: float | None = None) -> int:
+        deadline = config.get("search.deadline") if deadline is None else deadline
+        required = await self._router.required(consistency, self._session, deadline)
+        answers = await self._router.ask_cover("count", deadline, required)
+        sizes: dict[int, int] = {}
+        for answer in answers:
+            for cell, rows in answer["cell_sizes"]:
+                sizes[cell] = max(sizes.get(cell, 0), rows)
+        return sum(sizes.values())
+
+    async def scan(self, *, worker: str | None = None, vectors: bool = False) -> AsyncIterator[Row]:
+        state = await self._router.state(newest=True)
+        if worker is not None:
+            plan: dict[str, list[int] | None] = {worker: None}
+        else:
+            plan = {}
+            for cell in state.cells:
+                cells = plan.setdefault(state.serving[cell][0], [])
+                assert cells is not None
+                cells.append(cell)
+        for address, cells in plan.items():
+            cursor: str | None = None
+            while True:
+                answer = await self._call(
+                    address,
+                    "scan",
+                    deadline=30.0,
+                    collection=self.name,
+                    cursor=cursor,
+                    cells=cells,
+                    vectors=vectors,
+                )
+                for row in rows_from_wire(answer["rows"]):
+                    if row is not None:
+                        yield _row(row)
+                cursor = answer["cursor"]
+                if cursor is None:
+                    break
+
+    # -- looking after it ----------------------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        state = await self._router.state(newest=True)
+
+        async def ask(worker: str, op: str) -> dict[str, Any] | None:
+            try:
+                return await self._call(worker, op, deadline=2.0, collection=self.name)
+            except HeadraceError as error:
+                return {"address": worker, "state": f"not answering: {error}"} if op == "status" else None
+
+        workers = await asyncio.gather(*(ask(worker, "status") for worker in state.members))
+        ingests = await asyncio.gather(*(ask(worker, "ingest_status") for worker in state.members))
+        return summarise(state, [w for w in workers if w], [i["ingest"] for i in ingests if i and i["ingest"]])
+
+    async def verify(self, *, deadline: float = 10.0) -> Verification:
+        until = time.monotonic() + deadline
+        while True:
+            state = await self._router.state(newest=True)
+            answers = dict(
+                zip(
+                    state.active,
+                    await asyncio.gather(
+                        *(
+                            self._call(worker, "digests", deadline=deadline, collection=self.name)
+                            for worker in state.active
+                        )
+                    ),
+                    strict=True,
+                )
+            )
+            marks = {tuple(sorted(map(tuple, answer["applied"]))) for answer in answers.values()}
+            settled = not state.moving and all(answer["epoch"] == state.epoch for answer in answers.values())
+            if settled and len(marks) == 1:
+                return _compare(state, answers)
+            if time.monotonic() >= until:
+                why = "rows are on the move" if not settled else "the copies never had applied the same offsets"
+                return Verification(False, len(state.cells), 0, [f"not compared within {deadline:g} s: {why}"])
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """Close the connection to Kafka."""
+        if self._producer is not None:
+            await asyncio.to_thread(self._producer.close)
+            self._producer = None
+
+
+def make_spec(
+    name: str,
+    dim: int | None,
+    metric: str,
+    encoder: str | None,
+    cells: int | None,
+    replicas: int | None,
+    ids: str,
+    attributes: Mapping[str, str] | None,
+) -> CollectionSpec:
+    """Check a new collection's arguments; raises `ConfigError` or `EncoderError`."""
+    stamp = None
+    if encoder is not None:
+        info = describe(encoder)
+        stamp = info.stamp
+        if dim not in (None, info.dim):
+            raise ConfigError(
+                f"dim={dim} does not fit encoder {encoder!r}, whose vectors have {info.dim} numbers: leave dim out"
+            )
+        dim = info.dim
+    cells = config.get("cells") if cells is None else cells
+    replicas = config.get("replicas") if replicas is None else replicas
+    if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ConfigError(f"collection name {name!r} cannot be: use letters, digits, '.', '-' and '_'")
+    if dim is None or not 1 <= dim <= 65_536:
+        raise ConfigError(f"dim={dim} cannot be: give the vectors' length (1 to 65536), or an encoder")
+    if metric not in METRICS:
+        raise ConfigError(f"metric {metric!r} is not known: use one of {', '.join(METRICS)}")
+    if ids not in ("string", "integer"):
+        raise ConfigError(f"ids={ids!r} is not known: use 'string' or 'integer'")
+    if cells < 1 or replicas < 1:
+        raise ConfigError(f"cells={cells}, replicas={replicas} cannot be: give 1 or more of each")
+    for column, kind in (attributes or {}).items():
+        if kind not in ("int", "float", "bool", "str"):
+            raise ConfigError(f"attribute {column!r} cannot be a {kind!r}: use 'int', 'float', 'bool' or 'str'")
+    return CollectionSpec(name, dim, metric, stamp, cells, replicas, ids)
+
+
+def wire_spec(spec: CollectionSpec) -> dict[str, Any]:
+    return {field: getattr(spec, field) for field in ("name", "dim", "metric", "encoder", "cells", "replicas", "ids")}
+
+
+def _compare(state: CollectionState, answers: Mapping[str, Mapping[str, Any]]) -> Verification:
+    digests = {
+        worker: {cell: (count, total) for cell, count, total in answer["digests"]} for worker, answer in answers.items()
+    }
+    differences, copies = [], 0
+    for cell in state.cells:
+        seen = {worker: digests[worker].get(cell, (0, "0")) for worker in state.serving[cell] if worker in digests}
+        copies += len(seen)
+        if len(set(seen.values())) > 1:
+            each = ", ".join(f"{worker}: {count} rows, digest {total}" for worker, (count, total) in seen.items())
+            differences.append(f"cell {cell} differs ({each})")
+    return Verification(not differences, len(state.cells), copies, differences)
+
+
+def _lowest(answers: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    low: dict[int, int] = {}
+    for answer in answers:
+        for tp, offset in offsets_from_wire(answer["applied"]).items():
+            low[tp] = min(low.get(tp, offset), offset)
+    return low
+
+
+def _row(row: StoredRow) -> Row:
+    return Row(row.id, row.topic_partition, row.offset, row.timestamp, row.cell, row.attributes, row.vector)
+
+
+def _kafka() -> dict[str, str]:
+    return {name: str(value) for name, value in config.get("kafka").items()}

@@ -1,0 +1,419 @@
+"""The way in: one worker's Streamz graph from Kafka to every copy.
+
+::
+
+    from_kafka_log -> decode -> encode -> route -> apply -> account
+
+A micro-batch keeps what each step adds to it. Nothing here remembers a batch: if a step fails, the source sends the same raw
+batch through again, and applying twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cluster.fanout import Header, fan_out, part_for
+from headrace.cluster.replica import Replica
+from headrace.cluster.state import CollectionState
+from headrace.gpu.backend import Backend
+from headrace.gpu.errors import ClusterError, EncoderError, HeadraceError, StaleEpoch
+from headrace.gpu.rows import DELETED
+from headrace.pipeline.metrics import Histogram
+from headrace.streams.batches import Decoded, RawBatch, RecordSpec, Refusal, keep_last
+from headrace.streams.dead_letters import DeadLetters
+from headrace.streams.reader import ReaderSettings
+from headrace.streams.records import decode
+from headrace.streams.source import from_kafka_log
+
+__all__ = ["Ingest", "IngestSettings", "MicroBatch", "route"]
+
+log = logging.getLogger("headrace.pipeline")
+
+Encode = Callable[[list[str]], Awaitable[npt.NDArray[np.float32]]]
+
+STAGES = ("kafka", "decode", "encode", "apply", "acknowledge")
+
+
+@dataclass(frozen=True, slots=True)
+class IngestSettings:
+    """How records are taken in; times in seconds. See ``headrace.yaml`` for what each is for."""
+
+    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    max_texts: int = 16
+    max_record_bytes: int = 1 << 20
+    apply_deadline: float = 2.0
+    retry_delay: float = 0.05
+    retry_delay_max: float = 1.0
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """A raw batch on its way, with what the steps have made of it and how long each took (seconds)."""
+
+    raw: RawBatch
+    decoded: Decoded | None = None
+    vectors: npt.NDArray[np.float32] | None = None
+    took: dict[str, float] = field(default_factory=dict)
+    applied_at: float = 0.0
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.took[stage] = self.took.get(stage, 0.0) + time.perf_counter() - start
+
+
+def route(
+    raw: RawBatch, decoded: Decoded, vectors: npt.NDArray[np.float32], state: CollectionState, backend: Backend
+) -> Header:
+    """Give each record its cell by the state's codebook: the nearest centroid, `DELETED` for a delete.
+
+    Parameters
+    ----------
+    vectors : float32 (v, dim)
+        Of the records that are no deletes, in order; normalised where the metric is cosine.
+    """
+    keeps = ~decoded.deleted
+    cells = np.full(len(decoded.ids), DELETED, dtype=np.int32)
+    if len(vectors):
+        if len(state.codebook.centroids) == 1:
+            cells[keeps] = state.codebook.first
+        else:
+            xp = backend.xp
+            labels, _ = backend.kmeans.assign(xp.asarray(vectors), xp.asarray(state.codebook.centroids))
+            cells[keeps] = (labels.get() if hasattr(labels, "get") else labels) + state.codebook.first
+    return Header(
+        ids=decoded.ids,
+        topic_partitions=raw.topic_partitions[decoded.rows],
+        offsets=raw.offsets[decoded.rows],
+        timestamps=raw.timestamps[decoded.rows],
+        cells=cells,
+        vectors=vectors,
+        vector_at=np.cumsum(keeps) - 1,
+        attributes=decoded.attributes,
+    )
+
+
+class Node(Protocol):
+    """What the graph needs of its worker."""
+
+    address: str
+    backend: Backend
+
+    async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]: ...
+    async def call_scheduler(self, op: str, /, *, deadline: float = 5.0, **message: Any) -> dict[str, Any]: ...
+    def maintain(self, replica: Replica) -> None: ...
+    def adopt_soon(self, state: CollectionState) -> None: ...
+    def alarm(self, collection: str, text: str) -> None: ...
+
+
+class Ingest:
+    """Takes in the topic partitions that one worker is responsible for. All methods belong on the worker's event loop.
+
+    Parameters
+    ----------
+    node : Node
+    replica : Replica
+    encode : async callable or None
+        Texts to float32 (n, dim).
+    executor : Executor
+        For decoding large batches and for blocking Kafka calls.
+    settings : IngestSettings
+    """
+
+    def __init__(
+        self, node: Node, replica: Replica, encode: Encode | None, executor: Executor, settings: IngestSettings
+    ) -> None:
+        source = replica.state.source
+        if source is None:
+            raise ClusterError(f"collection {replica.state.spec.name!r} has no topic to read")
+        self._node, self._replica, self._encode, self._executor = node, replica, encode, executor
+        self._settings, self._kafka = settings, source
+        self.incarnation = replica.state.incarnation
+        self._schema: Mapping[str, str] = dict(replica.state.schema)
+        self._sending: dict[int, int] = {}
+        self._sent = asyncio.Condition()
+        self._dead_letters: DeadLetters | None = None
+        self.counts = dict.fromkeys(("records", "deletes", "dead_letters", "batches", "foreign"), 0)
+        self.freshness = Histogram()
+        self.stages = {stage: Histogram() for stage in STAGES}
+        self._rate = _Rate()
+        name = replica.state.spec.name
+        self.source = from_kafka_log(
+            source.bootstrap,
+            source.topic,
+            f"headrace-{name}",
+            settings=settings.reader,
+            alarm=self._alarm,
+            refuse=self._refuse,
+            retry_delay=settings.retry_delay,
+            retry_delay_max=settings.retry_delay_max,
+        )
+        if encode is not None:
+            self.source.reader.max_batch = settings.max_texts
+        parallel = settings.reader.batches_in_flight
+        self.graph = (
+            self.source.map(MicroBatch)
+            .stage(self._decode, parallelism=1)
+            .stage(self._to_vectors, parallelism=1)
+            .stage(self._apply, parallelism=parallel)
+            .sink(self._account)
+        )
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def follow(self, state: CollectionState) -> None:
+        """Read what the state assigns to this worker, from the lowest offset that some copy lacks."""
+        mine = {tp for tp, reader in state.readers.items() if reader == self._node.address}
+        fresh = mine - self.source.assigned
+        starts = await self._starts(state) if fresh else {}
+        self.source.assign({tp: self.source.stable.get(tp, starts.get(tp, 0)) for tp in sorted(mine)})
+        if fresh:
+            log.info("collection %r: reading topic partitions %s", state.spec.name, sorted(mine))
+        self.source.start()
+
+    async def _starts(self, state: CollectionState) -> dict[int, int]:
+        low = dict(self._replica.watermarks)
+        if state.members.get(self._node.address) != "active":
+            low = {}
+        for peer in state.active:
+            if peer == self._node.address:
+                continue
+            try:
+                answer = await self._node.call(
+                    peer, "watermarks", deadline=self._settings.apply_deadline, collection=state.spec.name
+                )
+            except HeadraceError as error:
+                # It is dying, or has not heard of the collection yet: then nothing of it may be taken for granted.
+                log.info("asking %s how far it is: %s", peer, error)
+                marks = dict(self._kafka.origins)
+            else:
+                marks = dict(answer["watermarks"])
+            low = {tp: min(low.get(tp, mark), mark) for tp, mark in marks.items()}
+        return {tp: max(low.get(tp, 0), self._kafka.origins.get(tp, 0)) for tp in range(self._kafka.partitions)}
+
+    async def drained(self, epoch: int) -> None:
+        """Return when nothing that was sent under an older epoch is under way."""
+        async with self._sent:
+            await self._sent.wait_for(lambda: not any(count for old, count in self._sending.items() if old < epoch))
+
+    async def close(self) -> None:
+        await self.source.halt()
+        if self._dead_letters is not None:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._dead_letters.close)
+
+    def status(self) -> dict[str, Any]:
+        """Counters, lag and histograms (as `Histogram.to_wire`); plain msgpack types."""
+        return {
+            **self.counts,
+            "lag": self.source.lag,
+            "rate": self._rate.now(),
+            "freshness": self.freshness.to_wire(),
+            "stages": {stage: histogram.to_wire() for stage, histogram in self.stages.items()},
+        }
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    async def _decode(self, batch: MicroBatch) -> MicroBatch:
+        raw = batch.raw
+        batch.took["kafka"] = max(0.0, raw.pulled - float(raw.timestamps.min()) / 1e3) if len(raw.keys) else 0.0
+        with batch.timed("decode"):
+            decoded = await self._decoded(raw)
+            unknown = {name: kind for name, kind in decoded.schema.items() if name not in self._schema}
+            if unknown:
+                answer = await self._node.call_scheduler(
+                    "learn", collection=self._replica.state.spec.name, schema=unknown
+                )
+                self._schema = dict(answer["schema"])
+                if any(self._schema[name] != kind for name, kind in unknown.items()):
+                    decoded = await self._decoded(raw)  # another worker met the column first, with another kind
+            batch.decoded = keep_last(decoded, raw.topic_partitions, raw.offsets, raw.timestamps)
+        return batch
+
+    async def _decoded(self, raw: RawBatch) -> Decoded:
+        spec = self._replica.state.spec
+        wanted = RecordSpec(
+            dim=spec.dim,
+            metric=spec.metric,
+            ids=spec.ids,
+            format=self._kafka.format,
+            schema=self._schema,
+            encoder=spec.encoder,
+            max_record_bytes=self._settings.max_record_bytes,
+        )
+        if len(raw.keys) <= 64:  # well under a millisecond: not worth a thread
+            return decode(raw, wanted, self._node.backend.frames)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, decode, raw, wanted, self._node.backend.frames)
+
+    async def _to_vectors(self, batch: MicroBatch) -> MicroBatch:
+        decoded = batch.decoded
+        assert decoded is not None
+        spec = self._replica.state.spec
+        with batch.timed("encode"):
+            keeps = np.flatnonzero(~decoded.deleted)
+            vectors = np.empty((len(decoded.ids), spec.dim), dtype=np.float32)
+            given = decoded.vectors
+            if spec.metric == "cosine" and len(given):
+                given = given / np.linalg.norm(given, axis=1, keepdims=True)
+            vectors[decoded.vector_rows] = given
+            has_vector = np.zeros(len(decoded.ids), dtype=np.bool_)
+            has_vector[decoded.vector_rows] = True
+            texts = [row for row in keeps.tolist() if not has_vector[row]]
+            if self._encode is not None:
+                reader = self.source.reader
+                reader.max_batch = self._settings.max_texts if texts else reader.settings.max_batch
+            if texts:
+                if self._encode is None:
+                    raise EncoderError(f"collection {spec.name!r} has no encoder for its texts")
+                encoded = await self._encode([decoded.texts[row] or "" for row in texts])
+                if encoded.shape != (len(texts), spec.dim) or not np.isfinite(encoded).all():
+                    raise EncoderError(
+                        f"encoder {spec.encoder} answered {encoded.shape} for {len(texts)} texts, or numbers that are "
+                        f"not finite; ({len(texts)}, {spec.dim}) finite ones were expected"
+                    )
+                vectors[texts] = encoded
+            batch.vectors = vectors[keeps]
+        return batch
+
+    async def _apply(self, batch: MicroBatch) -> MicroBatch:
+        assert batch.decoded is not None
+        with batch.timed("apply"):
+            if batch.decoded.refused:
+                # Good neighbours are searchable at once; the offsets count as applied only when the refused are safe.
+                await asyncio.gather(self._write_dead_letters(batch), self._everywhere(batch, {}))
+                await self._everywhere(batch, batch.raw.ranges)
+            else:
+                await self._everywhere(batch, batch.raw.ranges)
+        batch.applied_at = time.time()
+        return batch
+
+    async def _everywhere(self, batch: MicroBatch, ranges: Mapping[int, tuple[int, int]]) -> None:
+        """Apply to all workers of the newest state; whoever does not answer leaves the placement, and it is done again."""
+        assert batch.decoded is not None
+        assert batch.vectors is not None
+        while True:
+            state = self._replica.state
+            self._sending[state.epoch] = self._sending.get(state.epoch, 0) + 1
+            failed: dict[str, str] = {}
+            try:
+                header = route(batch.raw, batch.decoded, batch.vectors, state, self._node.backend)
+                outcome = await fan_out(
+                    self._node.call,
+                    state,
+                    {worker: part_for(header, worker, state) for worker in state.members},
+                    me=self._node.address,
+                    local=self._local,
+                    deadline=self._settings.apply_deadline,
+                    ranges=ranges,
+                    stable=self.source.stable,
+                )
+                failed = {worker: str(answer) for worker, answer in outcome.items() if isinstance(answer, ClusterError)}
+                if not failed:
+                    return
+            except StaleEpoch:
+                pass  # a newer state is on its way; it is fetched below
+            finally:
+                self._sending[state.epoch] -= 1
+                if not self._sending[state.epoch]:
+                    del self._sending[state.epoch]
+                async with self._sent:
+                    self._sent.notify_all()
+            await self._newer_state(state, failed)
+
+    async def _newer_state(self, state: CollectionState, failed: Mapping[str, str]) -> None:
+        name = state.spec.name
+        for worker, why in failed.items():
+            log.warning("collection %r: %s", name, why)
+            await self._node.call_scheduler("suspect", collection=name, worker=worker, epoch=state.epoch, why=why)
+        answer = await self._node.call_scheduler("await_state", collection=name, epoch=state.epoch, patience=1.0)
+        newer = CollectionState.from_wire(answer["state"])
+        if newer.epoch > self._replica.state.epoch:
+            # In a task of its own: adopting waits for batches to finish that may include this one.
+            self._node.adopt_soon(newer)
+        await asyncio.sleep(0.005)
+
+    def _local(self, *args: Any) -> Any:
+        applied = self._replica.apply(*args)
+        if applied is not None:
+            self.counts["foreign"] += applied.foreign
+        self._node.maintain(self._replica)
+        return applied
+
+    def _account(self, batch: MicroBatch) -> None:
+        assert batch.decoded is not None
+        now = time.time()
+        usable = len(batch.decoded.ids)
+        if usable:
+            stamps = batch.raw.timestamps[batch.decoded.rows].astype(np.float64)
+            # A producer's clock may be ahead of ours; a negative age would be a lie in the other direction.
+            self.freshness.add_many(np.maximum(batch.applied_at * 1e3 - stamps, 0.0))
+            batch.took["acknowledge"] = now - batch.applied_at
+            for stage in STAGES:
+                self.stages[stage].add(batch.took.get(stage, 0.0) * 1e3)
+        deletes = int(batch.decoded.deleted.sum())
+        self.counts["records"] += usable - deletes
+        self.counts["deletes"] += deletes
+        self.counts["dead_letters"] += len(batch.decoded.refused)
+        self.counts["batches"] += 1
+        self._rate.add(usable)
+
+    # -- what cannot be used ---------------------------------------------------------------------------------------------
+
+    async def _write_dead_letters(self, batch: MicroBatch) -> None:
+        assert batch.decoded is not None
+        await self._to_dead_letters(batch.raw, batch.decoded.refused)
+
+    async def _refuse(self, raw: RawBatch, reason: str) -> None:
+        await self._to_dead_letters(raw, [Refusal(0, reason)])
+        self.counts["dead_letters"] += 1
+
+    async def _to_dead_letters(self, raw: RawBatch, refusals: list[Refusal]) -> None:
+        def write() -> None:
+            if self._dead_letters is None:
+                kafka = dict(self._settings.reader.kafka)
+                self._dead_letters = DeadLetters(self._kafka.bootstrap, self._kafka.topic, settings=kafka)
+            self._dead_letters.write(raw, refusals)
+
+        first = refusals[0]
+        log.warning(
+            "collection %r: %d records to the dead letters; the first, topic partition %d offset %d: %s",
+            self._replica.state.spec.name,
+            len(refusals),
+            raw.topic_partitions[first.row],
+            raw.offsets[first.row],
+            first.reason,
+        )
+        await asyncio.get_running_loop().run_in_executor(self._executor, write)
+
+    def _alarm(self, text: str) -> None:
+        self._node.alarm(self._replica.state.spec.name, text)
+
+
+class _Rate:
+    """Records a second over the last five seconds."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, int] = {}
+
+    def add(self, records: int) -> None:
+        now = int(time.monotonic())
+        self._seconds[now] = self._seconds.get(now, 0) + records
+        for old in [second for second in self._seconds if second < now - 6]:
+            del self._seconds[old]
+
+    def now(self) -> float:
+        now = int(time.monotonic())
+        return sum(count for second, count in self._seconds.items() if now - 5 <= second < now) / 5

@@ -1,0 +1,106 @@
+"""Starting clusters and putting Headrace on them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from typing import Any
+
+from headrace.cluster.coordinator import CoordinatorSettings
+from headrace.cluster.scheduler import HeadraceScheduler
+from headrace.gpu.errors import ConfigError
+from headrace.gpu.store import StoreSettings
+from headrace.pipeline import config
+from headrace.pipeline.ingest import IngestSettings
+from headrace.pipeline.node import HeadraceWorker
+from headrace.streams.reader import ReaderSettings
+
+__all__ = ["check_host", "cluster_options", "plugins_from_config"]
+
+
+def check_host(host: str) -> None:
+    """Refuse to listen where others can reach: whoever reaches a Dask port can run code there.
+
+    Raises
+    ------
+    ConfigError
+        `host` is no loopback address and Dask is not told to require encryption (TLS).
+    """
+    import dask
+
+    if dask.config.get("distributed.comm.require-encryption", None):
+        return
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            f"refusing to listen on {host} without TLS, because whoever reaches a Dask port can run code: use 127.0.0.1, "
+            "or set distributed.comm.require-encryption and the certificates under distributed.comm.tls"
+        )
+
+
+def cluster_options(workers: int, *, processes: bool, dashboard: str | None, host: str, port: int) -> dict[str, Any]:
+    """Arguments for `distributed.LocalCluster`.
+
+    Raises
+    ------
+    ConfigError
+        As `check_host`; or `workers` is not at least 1.
+    """
+    if workers < 1:
+        raise ConfigError(f"{workers} workers cannot hold anything: give 1 or more")
+    check_host(host)
+    options: dict[str, Any] = {
+        "n_workers": workers,
+        "processes": processes,
+        "threads_per_worker": 1,
+        "memory_limit": 0,  # an index lives outside of what Dask spills or counts
+        "dashboard_address": _at(dashboard, host),
+        "worker_dashboard_address": "127.0.0.1:0",
+    }
+    if processes:
+        options |= {"host": host, "scheduler_port": port}
+    return options
+
+
+def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[HeadraceScheduler, HeadraceWorker]:
+    """The two plugins with the settings of ``headrace.yaml``; `workers` on this machine share its cores for encoding."""
+    reader = ReaderSettings(
+        max_batch=config.get("ingest.max-batch"),
+        batches_in_flight=config.get("ingest.batches-in-flight"),
+        max_bytes_in_flight=config.get("ingest.max-bytes-in-flight"),
+        fetch_wait=config.get("ingest.fetch-wait"),
+        poll=config.get("ingest.poll"),
+        commit_interval=config.get("ingest.commit-interval"),
+        kafka={name: str(value) for name, value in config.get("kafka").items()},
+    )
+    ingest = IngestSettings(
+        reader=reader,
+        max_texts=config.get("ingest.max-texts"),
+        max_record_bytes=config.get("ingest.max-record-bytes"),
+        apply_deadline=config.get("ingest.apply-deadline"),
+        retry_delay=config.get("ingest.retry-delay"),
+        retry_delay_max=config.get("ingest.retry-delay-max"),
+    )
+    store = StoreSettings(
+        seal_rows=config.get("store.seal-rows"),
+        graph_degree=config.get("store.graph-degree"),
+        graph_effort=config.get("store.graph-effort"),
+        search_effort=config.get("store.search-effort"),
+    )
+    threads = config.get("encoder.threads") or max(1, (os.cpu_count() or 1) // workers)
+    coordinator = CoordinatorSettings(
+        min_rows=config.get("codebook.min-rows"),
+        sample_rows=config.get("codebook.sample-rows"),
+        iterations=config.get("codebook.iterations"),
+    )
+    worker = HeadraceWorker(backend or config.get("backend"), store, ingest, threads)
+    return HeadraceScheduler(coordinator), worker
+
+
+def _at(dashboard: str | None, host: str) -> str:
+    """Where the dashboard listens: on `host`, not, as Dask would have it, on every address of the machine."""
+    port = (dashboard or ":0").rpartition(":")[2]
+    return dashboard if dashboard and not dashboard.startswith(":") else f"{host}:{port}"

@@ -1,0 +1,164 @@
+"""A worker of the whole product: `cluster.worker` with the ingest graph and the encoders."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cluster.replica import Replica
+from headrace.cluster.state import CollectionState
+from headrace.cluster.wire import floats_to_wire, offsets_to_wire
+from headrace.cluster.worker import WorkerNode
+from headrace.gpu.errors import EncoderError
+from headrace.gpu.store import StoreSettings
+from headrace.pipeline.encoders import load_encoder
+from headrace.pipeline.ingest import Encode, Ingest, IngestSettings
+from headrace.streams.topics import Offsets
+
+__all__ = ["HeadraceWorker"]
+
+log = logging.getLogger("headrace.pipeline")
+
+
+class HeadraceWorker(WorkerNode):
+    """The plugin that `launch` registers on every worker."""
+
+    calls = (*WorkerNode.calls, "encode", "offsets", "ingest_status")
+
+    def __init__(
+        self,
+        backend: str = "auto",
+        store: StoreSettings | None = None,
+        ingest: IngestSettings | None = None,
+        encoder_threads: int | None = None,
+    ) -> None:
+        self._ingest_settings = ingest or IngestSettings()
+        super().__init__(backend, store, apply_deadline=self._ingest_settings.apply_deadline)
+        self._encoder_threads = encoder_threads
+
+    async def setup(self, worker: Any) -> None:
+        self._ingests: dict[str, Ingest] = {}
+        self._following: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ends: dict[str, tuple[Offsets, float, dict[int, int]]] = {}
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="headrace-encode")
+        self._querying = ThreadPoolExecutor(1, thread_name_prefix="headrace-query")
+        self._blocking = ThreadPoolExecutor(4, thread_name_prefix="headrace-kafka")
+        await super().setup(worker)
+
+    async def teardown(self, worker: Any) -> None:
+        await super().teardown(worker)
+        for task in list(self._tasks):
+            task.cancel()
+        for pool in (self._encoding, self._querying, self._blocking):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- following the state -------------------------------------------------------------------------------------------
+
+    async def state_adopted(self, replica: Replica) -> None:
+        name, state = replica.state.spec.name, replica.state
+        ingest = self._ingests.get(name)
+        if ingest is not None:
+            await ingest.drained(state.epoch)
+        # Starting to read asks peers how far they are, and they may be waiting for us: not part of the answer.
+        self._spawn(self._follow(replica))
+
+    async def _follow(self, replica: Replica) -> None:
+        name = replica.state.spec.name
+        async with self._following.setdefault(name, asyncio.Lock()):
+            if self.replicas.get(name) is not replica:
+                return
+            state = replica.state
+            mine = self.address in state.readers.values()
+            ingest = self._ingests.get(name)
+            if ingest is not None and ingest.incarnation != state.incarnation:
+                del self._ingests[name]
+                await ingest.close()
+                ingest = None
+            if ingest is None and mine:
+                encode = None if state.spec.encoder is None else self._encoder_of(state.spec.encoder, self._encoding)
+                if encode is not None:
+                    await encode(["."])  # load the model now, not while the first record waits
+                ingest = Ingest(self, replica, encode, self._blocking, self._ingest_settings)
+                self._ingests[name] = ingest
+            if ingest is not None:
+                await ingest.follow(state)
+
+    async def release(self, name: str) -> None:
+        await super().release(name)
+        if (ingest := self._ingests.pop(name, None)) is not None:
+            await ingest.close()
+        self._ends.pop(name, None)
+
+    def adopt_soon(self, state: CollectionState) -> None:
+        """Adopt a state that was fetched, without waiting for what is under way."""
+        self._spawn(self.adopt(state))
+
+    def alarm(self, collection: str, text: str) -> None:
+        """Have the scheduler keep a sentence that a person should read."""
+        self._spawn(self.call_scheduler("alarm", collection=collection, text=text))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+
+        def finished(task: asyncio.Task[Any]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()):
+                log.error("work in the background failed: %s", error, exc_info=error)
+
+        task.add_done_callback(finished)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def _encoder_of(self, stamp: str, pool: ThreadPoolExecutor) -> Encode:
+        threads = self._encoder_threads
+
+        def encode(texts: list[str]) -> npt.NDArray[np.float32]:
+            encoder = load_encoder(stamp.partition("@")[0], threads)
+            if encoder.stamp != stamp:
+                raise EncoderError(
+                    f"this worker has encoder {encoder.stamp}, the collection was made with {stamp}: vectors of two "
+                    "models do not compare; install the same weights everywhere or build a new collection"
+                )
+            return encoder.encode(texts)
+
+        async def encode_off_loop(texts: list[str]) -> npt.NDArray[np.float32]:
+            return await asyncio.get_running_loop().run_in_executor(pool, encode, texts)
+
+        return encode_off_loop
+
+    async def on_encode(self, collection: str, encoder: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Vectors of query texts; beside, not behind, what is being ingested."""
+        vectors = await self._encoder_of(encoder, self._querying)(list(texts))
+        return {"vectors": floats_to_wire(vectors)}
+
+    async def on_offsets(self, collection: str, max_age: float) -> dict[str, Any]:
+        """The topic's end offsets, as they were at most `max_age` seconds ago."""
+        source = self.replica(collection).state.source
+        if source is None:
+            return {"offsets": []}
+        known = self._ends.get(collection)
+        if known is not None and time.monotonic() - known[1] <= max_age:
+            return {"offsets": offsets_to_wire(known[2])}
+        asked_at = time.monotonic()
+
+        def ask() -> tuple[Offsets, dict[int, int]]:
+            kafka = dict(self._ingest_settings.reader.kafka)
+            offsets = known[0] if known is not None else Offsets(source.bootstrap, source.topic, settings=kafka)
+            return offsets, offsets.latest()
+
+        offsets, ends = await asyncio.get_running_loop().run_in_executor(self._blocking, ask)
+        self._ends[collection] = offsets, asked_at, ends
+        return {"offsets": offsets_to_wire(ends)}
+
+    async def on_ingest_status(self, collection: str) -> dict[str, Any]:
+        ingest = self._ingests.get(collection)
+        return {"ingest": None if ingest is None else ingest.status()}

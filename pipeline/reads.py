@@ -1,0 +1,183 @@
+"""Reading from copies: which workers to ask, what they must have applied, and what to do when one does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.cluster.calls import Call
+from headrace.cluster.placement import cover
+from headrace.cluster.state import CollectionState
+from headrace.cluster.wire import offsets_from_wire, offsets_to_wire
+from headrace.gpu.errors import ClusterError, CollectionNotFound, ConfigError, StaleEpoch
+from headrace.pipeline import config
+from headrace.pipeline.results import Bounded, Consistency
+
+__all__ = ["Router", "consistency_of"]
+
+_STATE_AGE = 1.0
+_AVOID = 1.0
+_PAUSE = 0.01
+
+
+def consistency_of(given: Consistency) -> tuple[str, float]:
+    """The level and, for "bounded", the staleness in seconds.
+
+    Raises
+    ------
+    ConfigError
+        There is no such level.
+    """
+    if isinstance(given, Bounded):
+        return "bounded", given.staleness / 1e3
+    if given == "bounded":
+        return "bounded", float(config.get("search.bounded-staleness"))
+    if given in ("strong", "session", "eventual"):
+        return given, 0.0
+    raise ConfigError(
+        f"consistency {given!r} is not known: use 'strong', 'session', 'bounded', 'eventual' or headrace.bounded(500)"
+    )
+
+
+class Router:
+    """One collection as a client sees it: its newest published state and the workers that answer.
+
+    Belongs to one event loop. `call_scheduler` and `call` are `cluster.calls.call` bound to a connection pool.
+    """
+
+    def __init__(self, name: str, call: Call, scheduler: str) -> None:
+        self.name = name
+        self._call, self._scheduler = call, scheduler
+        self._state: CollectionState | None = None
+        self._state_at = 0.0
+        self._avoid: dict[str, float] = {}
+        self._turn = 0
+
+    async def state(self, *, newest: bool = False, deadline: float = 5.0) -> CollectionState:
+        """The collection's state, at most a second old; asked for now if `newest`."""
+        if self._state is None or newest or time.monotonic() - self._state_at > _STATE_AGE:
+            epoch = -1 if self._state is None else self._state.epoch
+            try:
+                answer = await self._call(
+                    self._scheduler, "describe", deadline=deadline, collection=self.name, epoch=epoch
+                )
+            except ClusterError:
+                if self._state is None or newest:
+                    raise
+                return self._state  # reads go on while the scheduler is away
+            if answer["state"] is not None:
+                self._state = CollectionState.from_wire(answer["state"])
+            assert self._state is not None
+            self._state = self._state.with_(schema=dict(answer["schema"]), alarms=tuple(answer["alarms"]))
+            self._state_at = time.monotonic()
+        assert self._state is not None
+        return self._state
+
+    async def required(self, consistency: Consistency, session: Mapping[int, int], deadline: float) -> dict[int, int]:
+        """The offsets that a read of this consistency must have applied."""
+        level, staleness = consistency_of(consistency)
+        if level == "eventual":
+            return {}
+        if level == "session":
+            return dict(session)
+        answer = await self.ask_any("offsets", deadline, max_age=staleness)
+        return offsets_from_wire(answer["offsets"])
+
+    async def ask_any(self, op: str, deadline: float, **message: Any) -> dict[str, Any]:
+        """Ask one active worker, another if it does not answer."""
+        until = time.monotonic() + deadline
+        while True:
+            state = await self.state()
+            workers = [worker for worker in state.active if worker not in self._avoided()] or list(state.active)
+            self._turn += 1
+            try:
+                if not workers:
+                    raise ClusterError(f"collection {self.name!r} has no active worker at the moment")
+                worker = workers[self._turn % len(workers)]
+                return await self._ask(worker, op, until, collection=self.name, **message)
+            except (ClusterError, CollectionNotFound):
+                if time.monotonic() >= until:
+                    raise
+                await self._look_again(until)
+
+    async def ask_cover(
+        self, op: str, deadline: float, required: Mapping[int, int], **message: Any
+    ) -> list[dict[str, Any]]:
+        """Ask the fewest workers that together hold every cell; all answers are of one epoch.
+
+        Raises
+        ------
+        ConsistencyTimeout
+            A worker had not applied `required` in time.
+        ClusterError
+            No set of copies answered within `deadline` seconds.
+        """
+        until = time.monotonic() + deadline
+        wanted = offsets_to_wire(required)
+        while True:
+            state = await self.state()
+            self._turn += 1
+            workers = cover(state.cells, state.serving, avoid=self._avoided(), turn=self._turn)
+            if not workers:
+                workers = cover(state.cells, state.serving, avoid=frozenset(), turn=self._turn)
+            try:
+                if not workers:
+                    raise ClusterError(f"some cells of collection {self.name!r} have no copy that can be read")
+                left = max(0.001, until - time.monotonic())
+                return list(
+                    await asyncio.gather(
+                        *(
+                            self._ask(
+                                worker,
+                                op,
+                                until + 0.5,  # the worker itself keeps the deadline, and says what was missing
+                                collection=self.name,
+                                epoch=state.epoch,
+                                required=wanted,
+                                **message,
+                                deadline_s=left,
+                            )
+                            for worker in workers
+                        )
+                    )
+                )
+            except (ClusterError, CollectionNotFound):
+                if time.monotonic() >= until:
+                    raise
+                await self._look_again(until)
+
+    async def ask_all(self, op: str, deadline: float, **message: Any) -> list[dict[str, Any]]:
+        """Ask every member, joining ones too."""
+        state = await self.state(newest=True)
+        until = time.monotonic() + deadline
+        return list(
+            await asyncio.gather(
+                *(self._ask(worker, op, until, collection=self.name, **message) for worker in state.members)
+            )
+        )
+
+    async def _ask(self, worker: str, op: str, until: float, **message: Any) -> dict[str, Any]:
+        try:
+            return await self._call(worker, op, deadline=max(0.001, until - time.monotonic()), **message)
+        except StaleEpoch:
+            raise
+        except ClusterError:
+            self._avoid[worker] = time.monotonic() + _AVOID
+            raise
+
+    def _avoided(self) -> frozenset[str]:
+        now = time.monotonic()
+        self._avoid = {worker: until for worker, until in self._avoid.items() if until > now}
+        return frozenset(self._avoid)
+
+    async def _look_again(self, until: float) -> None:
+        await asyncio.sleep(_PAUSE)
+        if time.monotonic() < until:
+            try:
+                await self.state(newest=True, deadline=max(0.05, until - time.monotonic()))
+            except ClusterError:
+                if self._state is None:
+                    raise
+                # The scheduler is away: the copies that were known may still answer.

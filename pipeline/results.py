@@ -1,0 +1,133 @@
+"""What the clients hand back, and how a read says how fresh it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.gpu.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Bounded", "Consistency", "Hit", "Hits", "Row", "Rows", "Verification", "Write", "bounded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """A read that is no older than `staleness` milliseconds."""
+
+    staleness: float
+
+
+def bounded(staleness: float) -> Bounded:
+    """For ``consistency=``: the answer holds everything that was in Kafka `staleness` milliseconds ago.
+
+    Raises
+    ------
+    ConfigError
+        `staleness` is negative.
+    """
+    if staleness < 0:
+        raise ConfigError(f"a staleness of {staleness} ms cannot be: give 0 or more")
+    return Bounded(staleness)
+
+
+Consistency = str | Bounded
+"""``"strong"``, ``"session"``, ``"bounded"``, ``"eventual"``, or `bounded` with a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Records that Kafka has acknowledged.
+
+    Attributes
+    ----------
+    offsets : dict of int to int
+        Topic partition to the offset after the last of these records: whoever has applied up to there has all of them.
+    count : int
+    acks : tuple of (id, topic partition, offset)
+    """
+
+    offsets: dict[int, int]
+    count: int
+    acks: tuple[tuple[str | int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A stored record. `timestamp` is Kafka's, in milliseconds; `vector` is float32 (dim,) or None if not asked for."""
+
+    id: str | int
+    topic_partition: int
+    offset: int
+    timestamp: int
+    cell: int
+    attributes: dict[str, Any]
+    vector: npt.NDArray[np.float32] | None = None
+
+
+class Rows(list["Row | None"]):
+    """Answer to a `get`: a row, or None, for each id asked for; `offsets` is what had been applied."""
+
+    def __init__(self, rows: Iterable[Row | None], offsets: Mapping[int, int]) -> None:
+        super().__init__(rows)
+        self.offsets = dict(offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One answer. `score` is higher-is-better for cosine and ip, a squared distance (lower is better) for l2."""
+
+    id: str | int
+    score: float
+    attributes: dict[str, Any]
+    topic_partition: int
+    offset: int
+
+
+class Hits(list[Hit]):
+    """Answers to one query, best first.
+
+    Attributes
+    ----------
+    offsets : dict of int to int
+        Topic partition to the first offset that had not been applied on some copy that was asked.
+    """
+
+    def __init__(self, hits: Iterable[Hit], offsets: Mapping[int, int]) -> None:
+        super().__init__(hits)
+        self.offsets = dict(offsets)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per hit: ``id``, ``score`` and a column for each attribute."""
+        import pandas as pd
+
+        return pd.DataFrame([{"id": hit.id, "score": hit.score, **hit.attributes} for hit in self])
+
+    def __repr__(self) -> str:
+        lines = (f"  {hit.score:.3f}  {hit.id}" for hit in self)
+        return "\n".join([f"{len(self)} hits", *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether all copies hold the same rows at the same versions.
+
+    Attributes
+    ----------
+    ok : bool
+    cells, copies : int
+        What was compared.
+    differences : list of str
+        One sentence for each cell whose copies differ.
+    """
+
+    ok: bool
+    cells: int
+    copies: int
+    differences: list[str] = field(default_factory=list)

@@ -1,0 +1,309 @@
+"""One long-lived Kafka consumer and the one thread that owns it.
+
+confluent-kafka's consumer is not to be shared between threads: a commit from a second one can block for ever. So everything
+that concerns the consumer is an order put into a queue, and the thread carries orders out between two polls.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from headrace.streams.batches import RawBatch
+from headrace.streams.clients import COMMON_SETTINGS, KafkaLog
+
+__all__ = ["Reader", "ReaderSettings"]
+
+log = logging.getLogger("headrace.streams")
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderSettings:
+    """How a topic is read.
+
+    Attributes
+    ----------
+    max_batch : int
+        Records of one micro-batch.
+    batches_in_flight, max_bytes_in_flight : int
+        Past either, nothing is taken from the consumer; its own queue fills, fetching stops, and the lag grows in Kafka.
+    fetch_wait, poll, commit_interval : float
+        Seconds.
+    kafka : dict of str to str
+        Further librdkafka settings.
+    """
+
+    max_batch: int = 256
+    batches_in_flight: int = 4
+    max_bytes_in_flight: int = 64 << 20
+    fetch_wait: float = 0.005
+    poll: float = 0.1
+    commit_interval: float = 0.2
+    kafka: Mapping[str, str] = field(default_factory=dict)
+
+
+class Reader:
+    """Reads chosen topic partitions of one topic and hands over micro-batches as soon as there is something.
+
+    Parameters
+    ----------
+    bootstrap, topic, group : str
+    hand_over : callable
+        Called on the reader's thread with each `RawBatch`; must return at once. `finished` is to be called for it later.
+    alarm : callable
+        Called on the reader's thread with a sentence when offsets were lost.
+    settings : ReaderSettings, optional
+
+    Notes
+    -----
+    `assign`, `commit`, `finished`, `lag` and `stop` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        group: str,
+        hand_over: Callable[[RawBatch], None],
+        alarm: Callable[[str], None],
+        settings: ReaderSettings | None = None,
+    ) -> None:
+        self.topic, self.settings = topic, settings or ReaderSettings()
+        self.max_batch = self.settings.max_batch
+        self._bootstrap, self._group = bootstrap, group
+        self._hand_over, self._alarm = hand_over, alarm
+        self._orders: queue.SimpleQueue[Callable[[Consumer], None]] = queue.SimpleQueue()
+        self._next: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
+        self._gaps: dict[int, int] = {}
+        self._has_gaps: set[int] = set()
+        self._room = threading.Condition()
+        self._batches = self._bytes = 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"headrace-read-{topic}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, patience: float = 5.0) -> None:
+        """Commit what is known to be done, close the consumer and end the thread; waits at most `patience` seconds."""
+        self._stopping.set()
+        with self._room:
+            self._room.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(patience)
+
+    def assign(self, starts: Mapping[int, int]) -> None:
+        """Read exactly these topic partitions; those that are read already go on where they are, others begin at the offset given."""
+
+        def order(consumer: Consumer) -> None:
+            self._next = {tp: self._next.get(tp, start) for tp, start in starts.items()}
+            consumer.assign([TopicPartition(self.topic, tp, offset) for tp, offset in self._next.items()])
+
+        self._orders.put(order)
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Tell Kafka that everything below these offsets is done; sent within `commit_interval`."""
+        done = dict(offsets)
+        self._orders.put(lambda _: self._uncommitted.update(done))
+
+    def finished(self, batch: RawBatch) -> None:
+        """A batch handed over has been dealt with: there is room for another."""
+        with self._room:
+            self._batches -= 1
+            self._bytes -= _size(batch)
+            self._room.notify_all()
+
+    def ends(self) -> dict[int, int]:
+        """Topic partition to its end, as last seen by this consumer."""
+        return dict(self._ends)
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._uncommitted: dict[int, int] = {}
+        kafka_log = KafkaLog()
+        consumer = Consumer(
+            {
+                **COMMON_SETTINGS,
+                "bootstrap.servers": self._bootstrap,
+                "group.id": self._group,
+                "enable.auto.commit": "false",
+                "enable.auto.offset.store": "false",
+                "enable.partition.eof": "true",
+                "auto.offset.reset": "error",
+                "isolation.level": "read_committed",
+                "fetch.wait.max.ms": str(max(1, int(self.settings.fetch_wait * 1000))),
+                "fetch.queue.backoff.ms": "1",
+                "fetch.error.backoff.ms": "50",
+                "queued.max.messages.kbytes": "16384",
+                "max.poll.interval.ms": "86400000",  # assigned, not subscribed: back-pressure may take any time
+                **self.settings.kafka,
+            },
+            logger=kafka_log,
+        )
+        committed_at = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                while not self._orders.empty():
+                    self._orders.get()(consumer)
+                if self._uncommitted and time.monotonic() - committed_at >= self.settings.commit_interval:
+                    self._commit(consumer, asynchronous=True)
+                    committed_at = time.monotonic()
+                if not self._next:
+                    self._stopping.wait(0.01)
+                elif self._wait_for_room():
+                    self._pull(consumer)
+        except Exception:
+            log.exception("reading topic %s has stopped", self.topic)
+            self._alarm(f"reading topic {self.topic!r} has stopped on an unexpected error; see the worker's log")
+            raise
+        finally:
+            while not self._orders.empty():
+                self._orders.get()(consumer)
+            self._commit(consumer, asynchronous=False)
+            consumer.close()
+
+    def _wait_for_room(self) -> bool:
+        with self._room:
+            if not self._full():
+                return True
+            self._room.wait(self.settings.poll)
+            return not self._full()
+
+    def _full(self) -> bool:
+        return self._batches >= self.settings.batches_in_flight or self._bytes >= self.settings.max_bytes_in_flight
+
+    def _commit(self, consumer: Consumer, *, asynchronous: bool) -> None:
+        if not self._uncommitted:
+            return
+        places = [TopicPartition(self.topic, tp, offset) for tp, offset in self._uncommitted.items()]
+        self._uncommitted.clear()
+        try:
+            consumer.commit(offsets=places, asynchronous=asynchronous)
+        except KafkaException as error:
+            # Commits only say how far we are; what must be read again is decided by the workers' watermarks.
+            log.warning("committing offsets of topic %s failed: %s", self.topic, error.args[0].str())
+
+    def _pull(self, consumer: Consumer) -> None:
+        first = consumer.poll(self.settings.poll)
+        if first is None:
+            return
+        messages: list[Message] = [first]
+        if self.max_batch > 1:
+            messages += consumer.consume(self.max_batch - 1, 0)
+        pulled = time.time()
+        usable: list[Message] = []
+        ranges: dict[int, tuple[int, int]] = {}
+        again: set[int] = set()
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                self._on_error(consumer, message, error, ranges, again)
+                continue
+            tp, offset = message.partition(), message.offset()
+            expected = self._next.get(tp)
+            if expected is None or tp in again or offset < expected:
+                continue  # no longer ours, or given before
+            if offset > expected and self._ask_again(consumer, tp, expected, offset):
+                again.add(tp)
+                continue
+            ranges[tp] = (ranges[tp][0] if tp in ranges else expected, offset + 1)
+            self._next[tp] = offset + 1
+            usable.append(message)
+        for tp in self._next:
+            low, high = consumer.get_watermark_offsets(TopicPartition(self.topic, tp), cached=True)
+            if high >= 0 and low <= high:
+                self._ends[tp] = high
+        if ranges:
+            self._give(usable, ranges, pulled)
+
+    def _give(self, messages: list[Message], ranges: dict[int, tuple[int, int]], pulled: float) -> None:
+        count = len(messages)
+        batch = RawBatch(
+            topic=self.topic,
+            keys=[message.key() for message in messages],
+            values=[message.value() for message in messages],
+            headers=[message.headers() for message in messages],
+            topic_partitions=np.fromiter((message.partition() for message in messages), np.int32, count),
+            offsets=np.fromiter((message.offset() for message in messages), np.int64, count),
+            timestamps=np.fromiter((message.timestamp()[1] for message in messages), np.int64, count),
+            ranges=ranges,
+            pulled=pulled,
+        )
+        with self._room:
+            self._batches += 1
+            self._bytes += _size(batch)
+        self._hand_over(batch)
+
+    def _ask_again(self, consumer: Consumer, tp: int, expected: int, offset: int) -> bool:
+        """A gap: compaction and transactions leave some, a fault may too. Ask once; what the broker says twice is so."""
+        if tp in self._has_gaps or self._gaps.get(tp) == expected:
+            self._has_gaps.add(tp)
+            return False
+        log.info(
+            "topic %s, topic partition %d: offsets %d to %d are not there; asking again",
+            self.topic,
+            tp,
+            expected,
+            offset - 1,
+        )
+        self._gaps[tp] = expected
+        consumer.seek(TopicPartition(self.topic, tp, expected))
+        return True
+
+    def _on_error(
+        self,
+        consumer: Consumer,
+        message: Message,
+        error: KafkaError,
+        ranges: dict[int, tuple[int, int]],
+        again: set[int],
+    ) -> None:
+        tp, code = message.partition(), error.code()
+        if code == KafkaError._PARTITION_EOF:
+            # What lies between the last record and the end (transaction markers, compacted records) is accounted for.
+            end, expected = message.offset(), self._next.get(tp)
+            if expected is not None and end > expected and tp not in again:
+                ranges[tp] = (ranges[tp][0] if tp in ranges else expected, end)
+                self._next[tp] = end
+        elif code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE) and tp in self._next:
+            self._lost(consumer, tp, ranges)
+        else:
+            log.warning("topic %s: %s", self.topic, error.str())
+
+    def _lost(self, consumer: Consumer, tp: int, ranges: dict[int, tuple[int, int]]) -> None:
+        place = TopicPartition(self.topic, tp)
+        expected = self._next[tp]
+        try:
+            low, high = consumer.get_watermark_offsets(place, timeout=5.0, cached=False)
+        except KafkaException as error:
+            log.warning(
+                "topic %s, topic partition %d: asking for its offsets failed: %s", self.topic, tp, error.args[0].str()
+            )
+            low = high = expected
+        if expected < low:
+            self._alarm(
+                f"topic {self.topic!r}, topic partition {tp}: offsets {expected} to {low - 1} were deleted from the log "
+                "before they were read; they are lost to the index unless it is rebuilt from another source"
+            )
+            ranges[tp] = (expected, low)
+        elif expected > high:
+            self._alarm(
+                f"topic {self.topic!r}, topic partition {tp}: the log ends at offset {high}, below {expected} which had been "
+                "read: the topic was made anew or has lost records; drop the collection and build it again"
+            )
+        self._next[tp] = low if expected < low or expected > high else expected
+        place.offset = self._next[tp]
+        consumer.seek(place)
+
+
+def _size(batch: RawBatch) -> int:
+    return sum(len(value) for value in batch.values if value is not None)

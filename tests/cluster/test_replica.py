@@ -1,0 +1,215 @@
+"""One worker's copy: it claims no offset that it has not applied, and obeys no older epoch."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headrace.cluster.replica import Replica
+from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
+from headrace.gpu.backend import resolve
+from headrace.gpu.errors import ConsistencyTimeout
+from headrace.gpu.rows import DELETED, Batch
+from headrace.gpu.store import Applied, StoreSettings
+from tests.gpu.batches import DIM, batch_of
+
+ME, PEER = "tcp://me:1", "tcp://peer:2"
+SPEC = CollectionSpec("docs", dim=DIM)
+
+
+def state_of(**changes: Any) -> CollectionState:
+    state = CollectionState(
+        spec=SPEC,
+        codebook=first_codebook(DIM),
+        epoch=5,
+        members={ME: "active", PEER: "active"},
+        copies={0: (ME, PEER)},
+        serving={0: (ME, PEER)},
+        source=Source("localhost:9092", "docs", 2, "json", {0: 100, 1: 0}),
+    )
+    return state.with_(**changes)
+
+
+def replica_of(**changes: Any) -> Replica:
+    return Replica(state_of(**changes), ME, resolve("host"), StoreSettings())
+
+
+def one(row_id: Any, offset: int, partition: int = 0, cell: int = 0) -> Batch:
+    return batch_of([{"id": row_id, "offset": offset, "partition": partition, "cell": cell}])
+
+
+def send(replica: Replica, offset: int, *, partition: int = 0, epoch: int = 5, cell: int = 0) -> Applied | None:
+    batch = one(f"r{partition}-{offset}", offset, partition, cell)
+    return replica.apply(batch, {partition: (offset, offset + 1)}, {}, epoch)
+
+
+class TestWatermarks:
+    def test_they_begin_where_the_log_begins(self) -> None:
+        assert replica_of().watermarks == {0: 100, 1: 0}
+        assert replica_of().store.view.stamp == {0: 100, 1: 0}
+        assert replica_of(source=None).watermarks == {}
+
+    def test_a_source_that_is_attached_later_begins_too(self) -> None:
+        replica = replica_of(source=None)
+        replica.adopt(state_of(epoch=6))
+        assert replica.store.view.stamp == {0: 100, 1: 0}
+
+    def test_they_stop_at_a_hole(self) -> None:
+        replica = replica_of()
+        send(replica, 101)
+        send(replica, 0, partition=1)
+        assert replica.watermarks == {0: 100, 1: 1}
+        assert replica.store.view.stamp == {0: 100, 1: 1}
+        assert replica.store.view.rows == 2
+        send(replica, 100)
+        assert replica.watermarks == {0: 102, 1: 1}
+        assert replica.store.view.stamp == {0: 102, 1: 1}
+        send(replica, 100)
+        assert replica.watermarks == {0: 102, 1: 1}
+
+    def test_offsets_without_records_count(self) -> None:
+        replica = replica_of()
+        assert replica.apply(None, {0: (100, 150)}, {}, 5) == Applied(0, 0, 0, ())
+        assert replica.apply(batch_of([]), {0: (150, 160)}, {}, 5) == Applied(0, 0, 0, ())
+        assert replica.store.view.stamp[0] == 160
+
+    def test_rows_that_move_claim_no_offsets(self) -> None:
+        replica = replica_of()
+        replica.apply(one("moved", 500), {}, {}, 5)
+        assert replica.watermarks == {0: 100, 1: 0}
+        assert replica.store.view.rows == 1
+
+    def test_a_batch_that_was_not_applied_is_not_claimed(self) -> None:
+        replica = replica_of()
+        broken = replace(one("a", 100), vectors=np.zeros((1, DIM + 1), dtype=np.float32))
+        with pytest.raises(ValueError, match="vectors have shape"):
+            replica.apply(broken, {0: (100, 101), 1: (0, 9)}, {}, 5)
+        send(replica, 101)
+        assert replica.watermarks == {0: 100, 1: 0}
+
+    def test_a_joining_worker_claims_nothing_before_its_base(self) -> None:
+        joining = {ME: "joining", PEER: "active"}
+        replica = replica_of(members=joining, serving={0: (PEER,)}, moving=True)
+        replica.apply(None, {0: (300, 310)}, {}, 5)
+        assert replica.watermarks == {0: 0, 1: 0}
+        replica.adopt(state_of(epoch=6), {0: 305, 1: 7})
+        assert replica.watermarks == {0: 310, 1: 7}
+        assert replica.store.view.stamp == {0: 310, 1: 7}
+
+    def test_a_base_below_what_was_applied_takes_nothing_back(self) -> None:
+        replica = replica_of()
+        replica.apply(None, {0: (100, 200)}, {}, 5)
+        replica.adopt(state_of(epoch=6), {0: 150})
+        assert replica.watermarks[0] == 200
+
+
+class TestFence:
+    def test_an_older_epoch_is_refused_and_leaves_no_trace(self) -> None:
+        replica = replica_of()
+        assert send(replica, 100, epoch=4) is None
+        assert (replica.store.view.rows, replica.watermarks[0]) == (0, 100)
+        assert send(replica, 100, epoch=7) is not None
+        assert replica.fence == 7
+        assert send(replica, 101, epoch=6) is None
+        assert replica.watermarks[0] == 101
+
+    def test_a_state_raises_the_fence_and_never_lowers_it(self) -> None:
+        replica = replica_of()
+        send(replica, 100, epoch=9)
+        replica.adopt(state_of(epoch=8))
+        assert (replica.fence, replica.state.epoch) == (9, 8)
+        replica.adopt(state_of(epoch=11))
+        assert replica.fence == 11
+        assert send(replica, 101, epoch=10) is None
+
+    def test_an_older_state_is_not_taken_over(self) -> None:
+        replica = replica_of()
+        newest = replica.state
+        replica.adopt(state_of(epoch=4, copies={0: (PEER,)}), {0: 10_000})
+        assert replica.state is newest
+        assert replica.watermarks[0] == 100
+
+    def test_a_new_incarnation_begins_empty(self) -> None:
+        replica = replica_of()
+        send(replica, 100)
+        send(replica, 101, epoch=8)
+        replica.adopt(state_of(epoch=9, incarnation=1, source=Source("b", "docs", 2, "json", {0: 40})))
+        assert replica.store.view.rows == 0
+        assert replica.watermarks == {0: 40, 1: 0}
+        assert replica.store.view.stamp == {0: 40, 1: 0}
+        assert send(replica, 102, epoch=8) is None
+        assert send(replica, 40, epoch=9) is not None
+
+
+class TestCells:
+    def test_rows_of_others_are_dropped_once_nothing_moves(self) -> None:
+        replica = replica_of(copies={0: (ME,), 1: (ME,)}, serving={0: (ME,), 1: (ME,)})
+        send(replica, 100, cell=0)
+        send(replica, 101, cell=1)
+        copies = {0: (ME,), 1: (PEER,)}
+        replica.adopt(state_of(epoch=6, copies=copies, serving=copies, moving=True))
+        assert replica.store.cell_sizes() == {0: 1, 1: 1}
+        replica.adopt(state_of(epoch=7, copies=copies, serving=copies))
+        assert replica.store.cell_sizes() == {0: 1}
+
+    @pytest.mark.parametrize(("moving", "epoch", "remembered"), [(False, 5, 0), (True, 5, 5000), (False, 6, 5000)])
+    def test_deletions_are_forgotten_only_while_nothing_moves(self, moving: bool, epoch: int, remembered: int) -> None:
+        replica = replica_of(moving=moving)
+        deletes = batch_of([{"id": n, "offset": 100 + n, "cell": DELETED} for n in range(5000)])
+        replica.store.apply(deletes)
+        replica.apply(None, {0: (100, 5100)}, {0: 5100}, epoch)
+        assert replica.store.statistics()["remembered"] == remembered
+
+
+class TestWait:
+    async def test_what_is_there_needs_no_waiting(self) -> None:
+        await replica_of().wait({0: 100}, 0.0)
+        await replica_of().wait({}, 0.0)
+
+    async def test_it_wakes_when_the_last_hole_is_filled(self) -> None:
+        replica = replica_of()
+        waiting = asyncio.create_task(replica.wait({0: 102, 1: 1}, 5.0))
+        for offset, partition in ((101, 0), (0, 1), (100, 0)):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            send(replica, offset, partition=partition)
+        await asyncio.wait_for(waiting, 1.0)
+
+    async def test_it_wakes_at_a_base(self) -> None:
+        replica = replica_of(members={ME: "joining"}, moving=True)
+        waiting = asyncio.create_task(replica.wait({0: 50}, 5.0))
+        await asyncio.sleep(0)
+        replica.adopt(state_of(epoch=6), {0: 60})
+        await asyncio.wait_for(waiting, 1.0)
+
+    async def test_it_says_what_was_missing(self) -> None:
+        replica = replica_of()
+        replica.apply(None, {0: (100, 120)}, {}, 5)
+        missing = "'docs': tcp://me:1 .* 0.02 s (topic partition 0: 120 of 130, topic partition 3: 0 of 4);"
+        with pytest.raises(ConsistencyTimeout, match=re.escape(missing).replace(r"\.\*", ".*")) as caught:
+            await replica.wait({3: 4, 0: 130, 1: 0}, 0.02)
+        assert "topic partition 1" not in str(caught.value)
+        assert not replica._waiters, "a wait that is over is remembered"
+
+    async def test_a_wait_that_is_cancelled_is_forgotten(self) -> None:
+        replica = replica_of()
+        waiting = asyncio.create_task(replica.wait({0: 200}, 5.0))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert not replica._waiters
+        replica.apply(None, {0: (100, 200)}, {}, 5)
+
+
+def test_status_is_plain() -> None:
+    replica = replica_of(members={ME: "joining"}, moving=True)
+    send(replica, 3, partition=1)
+    told = replica.status()
+    assert (told["address"], told["state"], told["epoch"], told["rows"]) == (ME, "joining", 5, 1)
+    assert told["watermarks"] == [[0, 0], [1, 0]]

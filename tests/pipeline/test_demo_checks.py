@@ -1,0 +1,114 @@
+"""The demo's checks can fail: each thing that may be wrong with an index is found, and only that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.pipeline.demo_checks import Difference, Expected, Seen, compare, exact_scores, percentiles, recall
+
+EXPECTED = {"a": Expected(0, 5, "one"), "b": Expected(1, 7, "two")}
+A, B = Seen("a", 0, 5, "one"), Seen("b", 1, 7, "two")
+RIGHT: dict[str, list[Seen]] = {"w1": [A, B], "w2": [B, A]}
+ANSWERS: list[tuple[str, Seen | None]] = [("a", A), ("b", B), ("gone", None)]
+
+
+def check(
+    copies: dict[str, list[Seen]] = RIGHT, answers: Iterable[tuple[str, Seen | None]] = ANSWERS, needed: int = 2
+) -> Difference:
+    return compare(EXPECTED, copies, answers, needed)
+
+
+def test_what_is_right_has_no_difference() -> None:
+    assert not check()
+    assert not compare({}, {"w1": []}, [], 1)
+
+
+def test_an_id_on_too_few_copies_is_missing() -> None:
+    assert check({"w1": [A, B], "w2": [B]}) == Difference(missing=[("a", "on 1 of 2 copies")])
+    assert not check({"w1": [A, B], "w2": [B]}, needed=1)
+    assert check({"w1": [A], "w2": [A]}, needed=1).missing == [("b", "on 0 of 1 copies")]
+
+
+def test_an_id_that_a_read_does_not_return_is_missing() -> None:
+    assert check(answers=[("a", A), ("b", None)]) == Difference(missing=[("b", "get")])
+
+
+def test_a_read_that_leaves_an_id_out_is_not_taken_for_an_answer() -> None:
+    assert check(answers=[("a", A)]) == Difference(missing=[("b", "never asked for")])
+
+
+def test_what_was_deleted_or_never_written_is_a_ghost() -> None:
+    gone = Seen("gone", 0, 3, "x")
+    assert check({"w1": [A, B, gone], "w2": [B, A]}) == Difference(ghosts=[("gone", "w1")])
+    assert check(answers=[*ANSWERS[:2], ("gone", gone)]) == Difference(ghosts=[("gone", "get")])
+
+
+def test_a_row_that_is_there_twice_is_a_ghost() -> None:
+    assert check({"w1": [A, B, A], "w2": [B, A]}) == Difference(ghosts=[("a", "w1")])
+
+
+@pytest.mark.parametrize("old", [Seen("a", 0, 4, "one"), Seen("a", 1, 5, "one"), Seen("a", 0, 5, "older")])
+def test_another_version_or_text_is_stale(old: Seen) -> None:
+    assert check({"w1": [A, B], "w2": [old, B]}) == Difference(stale=[("a", "w2")])
+    assert check(answers=[("a", old), ("b", B)]) == Difference(stale=[("a", "get")])
+
+
+def test_another_ids_row_is_stale() -> None:
+    assert check(answers=[("a", Seen("b", 0, 5, "one")), ("b", B)]).stale == [("a", "get")]
+
+
+@given(st.data())
+def test_every_lost_row_is_found(data: st.DataObject) -> None:
+    ids = [str(number) for number in range(12)]
+    expected = {id_: Expected(0, int(id_), id_) for id_ in ids}
+    row = {id_: Seen(id_, 0, int(id_), id_) for id_ in ids}
+    copies = {worker: data.draw(st.sets(st.sampled_from(ids))) for worker in ("w1", "w2", "w3")}
+    found = compare(
+        expected, {name: [row[i] for i in held] for name, held in copies.items()}, [(i, row[i]) for i in ids], 2
+    )
+    assert {id_ for id_, _ in found.missing} == {i for i in ids if sum(i in held for held in copies.values()) < 2}
+    assert not found.ghosts
+    assert not found.stale
+
+
+def test_recall_by_hand() -> None:
+    ids = ["a", "b", "c", "d"]
+    scores = [np.array([0.9, 0.8, 0.1, 0.2], dtype=np.float32)] * 2
+    assert recall(ids, scores, [["a", "b"], ["b", "a"]], k=2) == 1.0
+    assert recall(ids, scores, [["a", "c"], ["d", "c"]], k=2) == 0.25
+    assert recall(ids, scores, [["a", "a"], []], k=2) == 0.25
+
+
+def test_recall_counts_ties_but_no_ids_from_elsewhere() -> None:
+    scores = [np.array([0.9, 0.5, 0.5 - 5e-6, 0.4], dtype=np.float32)]
+    assert recall(["a", "b", "c", "d"], scores, [["a", "c"]], k=2) == 1.0
+    assert recall(["a", "b", "c", "d"], scores, [["a", "d"]], k=2) == 0.5
+    assert recall(["a", "b", "c", "d"], scores, [["a", "deleted"]], k=2) == 0.5
+
+
+def test_recall_over_fewer_than_k_and_over_nothing() -> None:
+    scores = [np.array([0.9, 0.5], dtype=np.float32)]
+    assert recall(["a", "b"], scores, [["b", "a"]]) == 1.0
+    assert recall([], [], []) == 0.0
+
+
+def test_recall_refuses_answers_that_do_not_match_the_queries() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        recall(["a"], [np.ones(1, dtype=np.float32)], [])
+
+
+def test_exact_scores_in_pieces_are_the_whole_product() -> None:
+    random = np.random.default_rng(0)
+    vectors, queries = (random.random((count, 8), dtype=np.float32) for count in (30, 7))
+    got = np.stack(list(exact_scores(vectors, queries, rows=3)))
+    np.testing.assert_allclose(got, queries @ vectors.T, rtol=1e-6)
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    assert percentiles([1.0, 2.0, 3.0, 100.0]) == {"p50": 3.0, "p99": 100.0}
+    assert percentiles([]) == {}
