@@ -1,6 +1,7 @@
 """Calling a Headrace handler on another Dask server, with a deadline, and turning every failure into a Headrace error.
 
-A handler in ``worker.handlers`` answers in under a millisecond where a task through the scheduler takes ten; it runs on the
+A handler in ``worker.handlers`` answers in under a millisecond where a task through the scheduler takes ten; it runs
+on the
 event loop, so handlers hand anything long to an executor.
 """
 
@@ -55,7 +56,9 @@ async def call(pool: Any, address: str, op: str, /, *, deadline: float, **messag
 
 
 def answering(handler: Handler) -> Handler:
-    """Let a handler's errors travel as ``{"error": (class, message)}``, so that no exception is pickled to the caller."""
+    """Let a handler's errors travel as ``{"error": (class, message)}``, so that no exception is pickled to the
+    caller.
+    """
 
     @functools.wraps(handler)
     async def wrapped(*args: Any, **kwargs: Any) -> dict[str, Any]:

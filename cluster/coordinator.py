@@ -1,13 +1,15 @@
 """Carrying out what `planning` decides, for one collection, one change at a time.
 
 Runs on the scheduler's event loop and talks to workers through a function handed in, so tests need no Dask. A change is
-published to all members and answered by each only when it has finished what it had begun under the older epoch; only then do
+published to all members and answered by each only when it has finished what it had begun under the older epoch; only
+then do
 clients see it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,8 +88,17 @@ class Coordinator:
         self._wake.set()
 
     def suspect(self, address: str, why: str) -> None:
-        """A worker did not answer one of its peers: it leaves the placement until it answers again, and then joins anew."""
-        if address in self.state.members and address not in self._suspects:
+        """A worker did not answer one of its peers: it leaves the placement until it answers again, and then joins
+        anew.
+        """
+        if address not in self.state.members or address in self._suspects:
+            return
+        if address in self._live and (address,) in self.state.serving.values():
+            # Without it rows would be gone: writes wait until it answers, or Dask says that it is dead.
+            log.warning(
+                "collection %r: waiting for %s, which holds last copies: %s", self.state.spec.name, address, why
+            )
+        else:
             log.warning("collection %r: %s leaves the placement: %s", self.state.spec.name, address, why)
             self._suspects[address] = why
             self._wake.set()
@@ -142,21 +153,17 @@ class Coordinator:
     async def newer_than(self, epoch: int, patience: float) -> CollectionState:
         """The working state as soon as it is newer than `epoch`, or after `patience` seconds as it is."""
         async with self._changed:
-            try:
+            with contextlib.suppress(TimeoutError):  # the caller looks at the epoch
                 await asyncio.wait_for(self._changed.wait_for(lambda: self.state.epoch > epoch), patience)
-            except TimeoutError:
-                pass  # the caller looks at the epoch
         return self.state
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):  # a tick
                 async with asyncio.timeout(self._settings.tick):
                     await self._wake.wait()
-            except TimeoutError:
-                pass  # a tick
             self._wake.clear()
             try:
                 async with self._lock:
@@ -164,6 +171,8 @@ class Coordinator:
                         pass
             except HeadraceError as error:
                 log.warning("collection %r: %s; trying again", self.state.spec.name, error)
+            except Exception:
+                log.exception("collection %r: looking after it failed; trying again", self.state.spec.name)
 
     async def _step(self) -> bool:
         """One change; True if there may be more to do at once."""
@@ -214,7 +223,9 @@ class Coordinator:
             self.ready.set()
 
     async def _move(self) -> dict[str, dict[int, int]] | None:
-        """Have the rows sent on; the offsets below which joining workers are complete, or None if it must be tried again."""
+        """Have the rows sent on; the offsets below which joining workers are complete, or None if it must be tried
+        again.
+        """
         work = planning.moves(self.state)
         epoch, name = self.state.epoch, self.state.spec.name
         if work:

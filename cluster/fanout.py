@@ -80,14 +80,14 @@ def part_for(
         actions = np.full(len(rows), action, dtype=np.uint8)
     with_vector = rows[actions == Action.HOLD]
     return Batch(
-        ids=[header.ids[row] for row in rows] if had is not None else header.ids,
+        ids=[header.ids[row] for row in rows.tolist()] if had is not None else header.ids,
         topic_partitions=header.topic_partitions[rows],
         offsets=header.offsets[rows],
         timestamps=header.timestamps[rows],
         cells=header.cells[rows],
         actions=actions,
         vectors=header.vectors[header.vector_at[with_vector]],
-        attributes={name: [values[row] for row in with_vector] for name, values in header.attributes.items()},
+        attributes={name: [values[row] for row in with_vector.tolist()] for name, values in header.attributes.items()},
     )
 
 

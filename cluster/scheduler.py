@@ -16,7 +16,7 @@ from headrace.gpu.errors import ClusterError, CollectionExists, CollectionNotFou
 __all__ = ["HeadraceScheduler"]
 
 
-class HeadraceScheduler(SchedulerPlugin):  # type: ignore[misc]
+class HeadraceScheduler(SchedulerPlugin):
     """Registered once per scheduler; a second registration is ignored."""
 
     name = "headrace"
@@ -44,6 +44,7 @@ class HeadraceScheduler(SchedulerPlugin):  # type: ignore[misc]
                     "learn",
                     "alarm",
                     "await_state",
+                    "shutdown",
                 )
             }
         )
@@ -92,6 +93,13 @@ class HeadraceScheduler(SchedulerPlugin):  # type: ignore[misc]
         await coordinator.close()
         calls = (self._call(worker, "drop", deadline=5.0, collection=collection) for worker in self._ready)
         await asyncio.gather(*calls, return_exceptions=True)
+        return {}
+
+    async def shutdown(self) -> dict[str, Any]:
+        """The cluster is about to end: workers that leave now are not missed."""
+        for coordinator in self._coordinators.values():
+            await coordinator.close()
+        self._coordinators.clear()
         return {}
 
     async def collections(self) -> dict[str, Any]:

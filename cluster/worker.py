@@ -1,6 +1,7 @@
 """The worker's half: a plugin that holds this worker's replicas and answers applies, reads and moves.
 
-Handlers run on the worker's event loop. An apply of a few hundred rows takes well under a millisecond there and is done in
+Handlers run on the worker's event loop. An apply of a few hundred rows takes well under a millisecond there and is
+done in
 place; searches, index builds, scans and training go to executors.
 """
 
@@ -42,7 +43,7 @@ T = TypeVar("T")
 _MOVE_ROWS = 256
 
 
-class WorkerNode(WorkerPlugin):  # type: ignore[misc]
+class WorkerNode(WorkerPlugin):
     """Holds replicas. `pipeline.node` adds the ingest graph and the encoders.
 
     Parameters
@@ -57,7 +58,8 @@ class WorkerNode(WorkerPlugin):  # type: ignore[misc]
     name = "headrace"
     idempotent = True
     calls: tuple[str, ...] = (
-        "state", "drop", "reset", "apply", "search", "get", "count", "wait", "watermarks", "status", "digests", "scan", "move", "train",
+        "state", "drop", "reset", "apply", "search", "get", "count", "wait",
+        "watermarks", "status", "digests", "scan", "move", "train",
     )  # fmt: skip
 
     def __init__(
@@ -170,11 +172,9 @@ class WorkerNode(WorkerPlugin):  # type: ignore[misc]
         ranges: Sequence[Sequence[int]],
         stable: Sequence[Sequence[int]],
     ) -> dict[str, Any]:
-        replica = self.replicas.get(collection)
+        replica = await self._begun(collection, incarnation)
         if replica is None or incarnation < replica.state.incarnation:
             raise StaleEpoch(f"{self.address} has no part in epoch {epoch} of collection {collection!r}")
-        if incarnation > replica.state.incarnation:
-            raise ClusterError(f"{self.address} has not begun incarnation {incarnation} of {collection!r} yet")
         applied = replica.apply(
             None if batch is None else batch_from_wire(batch),
             {partition: (low, high) for partition, low, high in ranges},
@@ -186,6 +186,15 @@ class WorkerNode(WorkerPlugin):  # type: ignore[misc]
         self.maintain(replica)
         return {"missing": list(applied.missing)}
 
+    async def _begun(self, collection: str, incarnation: int) -> Replica | None:
+        """The replica; a sender may have heard of it a moment before this worker has."""
+        for _ in range(100):
+            replica = self.replicas.get(collection)
+            if replica is not None and replica.state.incarnation >= incarnation:
+                return replica
+            await asyncio.sleep(0.005)
+        return None
+
     async def on_move(self, collection: str, epoch: int, cells: Sequence[int]) -> dict[str, Any]:
         """Send all rows of `cells` on to whoever must hold them now, with their own versions."""
         replica = self.replica(collection)
@@ -193,7 +202,8 @@ class WorkerNode(WorkerPlugin):  # type: ignore[misc]
         if state.epoch != epoch:
             raise StaleEpoch(f"{self.address} is at epoch {state.epoch} of {collection!r}, not {epoch}")
         watermarks = offsets_to_wire(replica.watermarks)
-        moved, failed = 0, {}
+        moved = 0
+        failed: dict[str, str] = {}
         for rows in replica.store.scan(frozenset(cells), vectors=True, batch=_MOVE_ROWS):
             header = await self.read(_header_of_rows, rows, state, self.backend)
             for cell_rows, had in _by_holders(rows, state):

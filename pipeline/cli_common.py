@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+PATIENCE = 5.0
+"""Seconds that a scheduler may take to answer: one that is there needs milliseconds, one on a busy machine a second."""
+
+
 @dataclass
 class Session:
     """What one run of the program knows, whichever command runs."""
@@ -78,7 +82,7 @@ def connected(address: str) -> Iterator[Database]:
     """A client of the cluster at `address`, closed at the end."""
     import headrace
 
-    with headrace.connect(address) as database:
+    with headrace.connect(address, timeout=PATIENCE) as database:
         yield database
 
 

@@ -65,9 +65,9 @@ def connect(
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
-        owns.append(distributed.LocalCluster(**options))
+        owns.append(distributed.LocalCluster(**options))  # type: ignore[no-untyped-call]
     try:
-        dask_client = distributed.Client(
+        dask_client = distributed.Client(  # type: ignore[no-untyped-call]
             owns[0] if owns else address, direct_to_workers=True, timeout=timeout, set_as_default=False
         )
     except (OSError, ValueError, TimeoutError) as error:
@@ -99,9 +99,9 @@ async def connect_async(
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
-        owns.append(await distributed.LocalCluster(**options, asynchronous=True))
+        owns.append(await distributed.LocalCluster(**options, asynchronous=True))  # type: ignore[no-untyped-call]
     try:
-        dask_client = await distributed.Client(
+        dask_client = await distributed.Client(  # type: ignore[no-untyped-call]
             owns[0] if owns else address,
             direct_to_workers=True,
             timeout=timeout,
@@ -120,8 +120,8 @@ async def connect_async(
 
 def _no_scheduler(address: str | None, error: Exception) -> ClusterError:
     return ClusterError(
-        f"no Dask scheduler answers at {address} ({type(error).__name__}: {error}): start one with 'headrace up', or check "
-        "the address"
+        f"no Dask scheduler answers at {address} ({type(error).__name__}: {error}): start one with 'headrace up', "
+        "or check the address"
     )
 
 
@@ -180,7 +180,8 @@ class Database:
             Cells of the codebook, and copies of each cell; defaults from the configuration (64 and 2).
         ids : {"string", "integer"}
         attributes : mapping of str to str, optional
-            Kinds ("int", "float", "bool", "str") of attributes known beforehand; others take the kind of their first value.
+            Kinds ("int", "float", "bool", "str") of attributes known beforehand; others take the kind of their first
+            value.
 
         Raises
         ------
@@ -217,9 +218,7 @@ class Database:
 
     def close(self) -> None:
         """Disconnect; a cluster that `connect` started ends."""
-        for opened in list(self._async._open.values()):
-            self._sync(opened.close)
-        self._async._open.clear()
+        self._sync(self._async.disconnect, end_cluster=bool(self._owns))
         self._async.dask.close()
         for thing in self._owns:
             thing.close()
@@ -249,7 +248,8 @@ class Collection:
         return self._async.spec
 
     def ingest(self, bootstrap: str, topic: str | None = None, *, format: str = "json") -> None:
-        """Begin to take in a Kafka topic, from its first record on; calling it again with the same topic changes nothing.
+        """Begin to take in a Kafka topic, from its first record on; calling it again with the same topic changes
+        nothing.
 
         Parameters
         ----------

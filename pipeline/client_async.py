@@ -6,6 +6,7 @@ A collection's reads go straight from here to the workers' handlers; the schedul
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from headrace.cluster.wire import (
     rows_from_wire,
 )
 from headrace.gpu.backend import METRICS
-from headrace.gpu.errors import CollectionError, ConfigError, HeadraceError, RecordError
+from headrace.gpu.errors import ClusterError, CollectionError, ConfigError, HeadraceError, RecordError
 from headrace.gpu.store import StoredRow
 from headrace.pipeline import config
 from headrace.pipeline.encoders import describe
@@ -35,6 +36,8 @@ from headrace.streams.producer import RecordProducer
 from headrace.streams.topics import Offsets
 
 __all__ = ["AsyncCollection", "AsyncDatabase"]
+
+log = logging.getLogger("headrace.pipeline")
 
 Vectors = npt.NDArray[np.float32]
 
@@ -108,10 +111,20 @@ class AsyncDatabase:
         collections = {name: await (await self.collection(name)).status() for name in names}
         return {"address": self.address, "workers": await self.workers(), "collections": collections}
 
-    async def close(self) -> None:
+    async def disconnect(self, *, end_cluster: bool) -> None:
+        """Close the connections to Kafka, and have the scheduler let go of the collections if the cluster ends."""
         for opened in self._open.values():
             await opened.close()
         self._open.clear()
+        if end_cluster:
+            try:
+                await self._scheduler("shutdown", deadline=5.0)
+            except ClusterError as error:
+                log.info("the scheduler did not answer while the cluster was ended: %s", error)
+
+    async def close(self) -> None:
+        """Disconnect; a cluster that `connect_async` started ends."""
+        await self.disconnect(end_cluster=bool(self._owns))
         for thing in (self.dask, *self._owns):
             await thing.close()
 
@@ -157,7 +170,21 @@ class AsyncCollection:
                 "origins": offsets_to_wire(origins),
             },
         )
-        await self._router.state(newest=True)
+        await self._reading(partitions)
+
+    async def _reading(self, partitions: int, deadline: float = 60.0) -> None:
+        """Return once every topic partition is read: the workers load their encoder first, which takes a second."""
+        until = time.monotonic() + deadline
+        while True:
+            answers = await self._router.ask_all("ingest_status", deadline)
+            if {tp for answer in answers for tp in answer["reading"]} == set(range(partitions)):
+                return
+            if time.monotonic() >= until:
+                raise ClusterError(
+                    f"collection {self.name!r}: not all {partitions} topic partitions were being read after "
+                    f"{deadline:g} s; the workers' logs say why"
+                )
+            await asyncio.sleep(0.02)
 
     async def upsert(self, frame: Any, *, wait: str | None = None, deadline: float = 10.0) -> Write:
         return await self._write(upsert_records(frame, self.spec), wait, deadline)
@@ -178,7 +205,7 @@ class AsyncCollection:
             self._session[tp] = max(self._session.get(tp, 0), offset)
         if wait == "searchable":
             left = max(0.001, until - time.monotonic())
-            await self._router.ask_all("wait", left + 0.5, required=offsets_to_wire(delivered.offsets), deadline_s=left)
+            await self._router.wait_everywhere(delivered.offsets, left)
         acks = tuple((self._id(key), tp, offset) for key, tp, offset in delivered.acks)
         return Write(delivered.offsets, delivered.count, acks)
 
@@ -192,7 +219,8 @@ class AsyncCollection:
                 source = (await self._router.state()).source or (await self._router.state(newest=True)).source
                 if source is None:
                     raise CollectionError(
-                        f"collection {self.name!r} has no topic yet: call ingest('localhost:9092', topic='{self.name}') first"
+                        f"collection {self.name!r} has no topic yet: call "
+                        f"ingest('localhost:9092', topic='{self.name}') first"
                     )
                 self._producer = await asyncio.to_thread(
                     RecordProducer, source.bootstrap, source.topic, settings=_kafka(), deadline=deadline
@@ -252,7 +280,8 @@ class AsyncCollection:
         vectors = np.atleast_2d(vectors)
         if vectors.ndim != 2 or (len(vectors) and vectors.shape[1] != self.spec.dim):
             raise RecordError(
-                f"the query has shape {np.shape(query)}, collection {self.name!r} holds vectors of {self.spec.dim} numbers"
+                f"the query has shape {np.shape(query)}, collection {self.name!r} holds vectors of "
+                f"{self.spec.dim} numbers"
             )
         if not np.isfinite(vectors).all():
             raise RecordError("the query has numbers that are not finite: leave them out")

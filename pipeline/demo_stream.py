@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "MemoryPeak", "Pacer", "Searcher", "applied", "stream"]
 
-OUTSTANDING = 48
+FEWEST, MOST = 16, 48
 """Records on their way at once. Fewer leave the encoders idle now and then, more only wait their turn before them."""
+WAIT = 0.12
+"""Seconds that a record may wait: on a slow or busy machine fewer are on their way, down to `FEWEST`."""
 TICK = 0.02
 LOOK_EVERY = 0.2
 """Seconds between two writes, and between two looks at what was applied."""
@@ -32,13 +34,12 @@ PROBE_EVERY = 5
 class Pacer:
     """How many records may be sent now.
 
-    With a `rate`, so many a second. Without one, as many as keep `outstanding` on their way: what was applied is known
-    only at every look, so between two looks it is taken to go on as it went before, a little slower to be safe.
+    With a `rate`, so many a second. Without one, a bounded number is kept on its way: what was applied is known only at
+    every look, so between two looks it is taken to go on as it went before, a little slower to be safe.
     """
 
-    def __init__(self, rate: float | None = None, outstanding: int = OUTSTANDING) -> None:
+    def __init__(self, rate: float | None = None) -> None:
         self._rate = rate
-        self._outstanding = outstanding
         self._began: float | None = None
         self._seen_at = 0.0
         self._seen = 0
@@ -58,7 +59,8 @@ class Pacer:
                 self._began = now - sent / self._rate
             return max(0, min(MOST_AT_ONCE, int((now - self._began) * self._rate) + 1 - sent))
         likely = min(float(sent), self._seen + 0.9 * self.speed * (now - self._seen_at))
-        return max(0, min(MOST_AT_ONCE, int(self._outstanding - (sent - likely))))
+        outstanding = min(max(FEWEST, self.speed * WAIT), MOST)
+        return max(0, min(MOST_AT_ONCE, int(outstanding - (sent - likely))))
 
 
 @dataclass

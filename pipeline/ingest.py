@@ -4,7 +4,8 @@
 
     from_kafka_log -> decode -> encode -> route -> apply -> account
 
-A micro-batch keeps what each step adds to it. Nothing here remembers a batch: if a step fails, the source sends the same raw
+A micro-batch keeps what each step adds to it. Nothing here remembers a batch: if a step fails, the source sends the
+same raw
 batch through again, and applying twice changes nothing.
 """
 
@@ -301,7 +302,9 @@ class Ingest:
         return batch
 
     async def _everywhere(self, batch: MicroBatch, ranges: Mapping[int, tuple[int, int]]) -> None:
-        """Apply to all workers of the newest state; whoever does not answer leaves the placement, and it is done again."""
+        """Apply to all workers of the newest state; whoever does not answer leaves the placement, and it is done
+        again.
+        """
         assert batch.decoded is not None
         assert batch.vectors is not None
         while True:
@@ -370,7 +373,8 @@ class Ingest:
         self.counts["batches"] += 1
         self._rate.add(usable)
 
-    # -- what cannot be used ---------------------------------------------------------------------------------------------
+    # -- what cannot be used
+    # ---------------------------------------------------------------------------------------------
 
     async def _write_dead_letters(self, batch: MicroBatch) -> None:
         assert batch.decoded is not None

@@ -36,8 +36,8 @@ def check_host(host: str) -> None:
         loopback = False
     if not loopback:
         raise ConfigError(
-            f"refusing to listen on {host} without TLS, because whoever reaches a Dask port can run code: use 127.0.0.1, "
-            "or set distributed.comm.require-encryption and the certificates under distributed.comm.tls"
+            f"refusing to listen on {host} without TLS, because whoever reaches a Dask port can run code: "
+            "use 127.0.0.1, or set distributed.comm.require-encryption and the certificates under distributed.comm.tls"
         )
 
 
@@ -66,7 +66,9 @@ def cluster_options(workers: int, *, processes: bool, dashboard: str | None, hos
 
 
 def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[HeadraceScheduler, HeadraceWorker]:
-    """The two plugins with the settings of ``headrace.yaml``; `workers` on this machine share its cores for encoding."""
+    """The two plugins with the settings of ``headrace.yaml``; `workers` on this machine share its cores for
+    encoding.
+    """
     reader = ReaderSettings(
         max_batch=config.get("ingest.max-batch"),
         batches_in_flight=config.get("ingest.batches-in-flight"),

@@ -161,4 +161,7 @@ class HeadraceWorker(WorkerNode):
 
     async def on_ingest_status(self, collection: str) -> dict[str, Any]:
         ingest = self._ingests.get(collection)
-        return {"ingest": None if ingest is None else ingest.status()}
+        return {
+            "ingest": None if ingest is None else ingest.status(),
+            "reading": [] if ingest is None else sorted(ingest.source.assigned),
+        }

@@ -158,6 +158,40 @@ class Router:
             )
         )
 
+    async def wait_everywhere(self, required: Mapping[int, int], deadline: float) -> None:
+        """Return once every copy that is read has applied `required`; copies that die meanwhile no longer count.
+
+        Raises
+        ------
+        ConsistencyTimeout
+            As `ask_cover`.
+        ClusterError
+            The workers could not be asked within `deadline` seconds.
+        """
+        until = time.monotonic() + deadline
+        wanted = offsets_to_wire(required)
+        newest = False
+        while True:
+            state = await self.state(newest=newest)
+            left = max(0.001, until - time.monotonic())
+            try:
+                await asyncio.gather(
+                    *(
+                        self._ask(worker, "wait", until + 0.5, collection=self.name, required=wanted, deadline_s=left)
+                        for worker in state.active
+                    )
+                )
+            except (ClusterError, CollectionNotFound):
+                if time.monotonic() >= until:
+                    raise
+                await self._look_again(until)
+                newest = True
+                continue
+            # A copy that has begun to be read meanwhile has to have them too.
+            after = await self.state(newest=True)
+            if set(after.active) <= set(state.active):
+                return
+
     async def _ask(self, worker: str, op: str, until: float, **message: Any) -> dict[str, Any]:
         try:
             return await self._call(worker, op, deadline=max(0.001, until - time.monotonic()), **message)

@@ -18,7 +18,8 @@ Record = tuple[bytes | None, bytes | None, Any]
 
 
 def upsert_records(frame: Any, spec: CollectionSpec) -> list[Record]:
-    """Records of a pandas or cuDF frame, or of mappings, each with ``id`` and ``text`` or ``vector``; the rest are attributes.
+    """Records of a pandas or cuDF frame, or of mappings, each with ``id`` and ``text`` or ``vector``; the rest are
+    attributes.
 
     Raises
     ------
@@ -48,7 +49,7 @@ def _key(position: int, row_id: Any, spec: CollectionSpec) -> bytes:
         raise RecordError(
             f"row {position}: id {row_id!r} is no {spec.ids}, and the ids of collection {spec.name!r} are"
         )
-    return encode_key(row_id)
+    return encode_key(row_id)  # type: ignore[arg-type]  # NumPy's integers are taken too
 
 
 def _record(position: int, row: Mapping[str, Any], spec: CollectionSpec) -> Record:
@@ -72,8 +73,8 @@ def _record(position: int, row: Mapping[str, Any], spec: CollectionSpec) -> Reco
         raise RecordError(f"row {position} (id {row['id']!r}) has neither a 'text' nor a 'vector'")
     if spec.encoder is None:
         raise RecordError(
-            f"row {position} (id {row['id']!r}) has a text, and collection {spec.name!r} has no encoder: give it a vector, "
-            "or create the collection with encoder='minilm'"
+            f"row {position} (id {row['id']!r}) has a text, and collection {spec.name!r} has no encoder: "
+            "give it a vector, or create the collection with encoder='minilm'"
         )
     key, value = encode_json(row["id"], text=text, attributes=attributes)
     return key, value, None

@@ -1,6 +1,7 @@
 """One long-lived Kafka consumer and the one thread that owns it.
 
-confluent-kafka's consumer is not to be shared between threads: a commit from a second one can block for ever. So everything
+confluent-kafka's consumer is not to be shared between threads: a commit from a second one can block for ever. So
+everything
 that concerns the consumer is an order put into a queue, and the thread carries orders out between two polls.
 """
 
@@ -33,7 +34,8 @@ class ReaderSettings:
     max_batch : int
         Records of one micro-batch.
     batches_in_flight, max_bytes_in_flight : int
-        Past either, nothing is taken from the consumer; its own queue fills, fetching stops, and the lag grows in Kafka.
+        Past either, nothing is taken from the consumer; its own queue fills, fetching stops, and the lag grows in
+        Kafka.
     fetch_wait, poll, commit_interval : float
         Seconds.
     kafka : dict of str to str
@@ -56,7 +58,8 @@ class Reader:
     ----------
     bootstrap, topic, group : str
     hand_over : callable
-        Called on the reader's thread with each `RawBatch`; must return at once. `finished` is to be called for it later.
+        Called on the reader's thread with each `RawBatch`; must return at once. `finished` is to be called for it
+        later.
     alarm : callable
         Called on the reader's thread with a sentence when offsets were lost.
     settings : ReaderSettings, optional
@@ -101,7 +104,9 @@ class Reader:
             self._thread.join(patience)
 
     def assign(self, starts: Mapping[int, int]) -> None:
-        """Read exactly these topic partitions; those that are read already go on where they are, others begin at the offset given."""
+        """Read exactly these topic partitions; those that are read already go on where they are, others begin at the
+        offset given.
+        """
 
         def order(consumer: Consumer) -> None:
             self._next = {tp: self._next.get(tp, start) for tp, start in starts.items()}
@@ -187,7 +192,10 @@ class Reader:
         places = [TopicPartition(self.topic, tp, offset) for tp, offset in self._uncommitted.items()]
         self._uncommitted.clear()
         try:
-            consumer.commit(offsets=places, asynchronous=asynchronous)
+            if asynchronous:
+                consumer.commit(offsets=places, asynchronous=True)
+            else:
+                consumer.commit(offsets=places, asynchronous=False)
         except KafkaException as error:
             # Commits only say how far we are; what must be read again is decided by the workers' watermarks.
             log.warning("committing offsets of topic %s failed: %s", self.topic, error.args[0].str())
@@ -208,7 +216,7 @@ class Reader:
             if error is not None:
                 self._on_error(consumer, message, error, ranges, again)
                 continue
-            tp, offset = message.partition(), message.offset()
+            tp, offset = _place(message)
             expected = self._next.get(tp)
             if expected is None or tp in again or offset < expected:
                 continue  # no longer ours, or given before
@@ -231,7 +239,7 @@ class Reader:
             topic=self.topic,
             keys=[message.key() for message in messages],
             values=[message.value() for message in messages],
-            headers=[message.headers() for message in messages],
+            headers=[message.headers() for message in messages],  # type: ignore[misc]  # bytes, never text
             topic_partitions=np.fromiter((message.partition() for message in messages), np.int32, count),
             offsets=np.fromiter((message.offset() for message in messages), np.int64, count),
             timestamps=np.fromiter((message.timestamp()[1] for message in messages), np.int64, count),
@@ -244,7 +252,9 @@ class Reader:
         self._hand_over(batch)
 
     def _ask_again(self, consumer: Consumer, tp: int, expected: int, offset: int) -> bool:
-        """A gap: compaction and transactions leave some, a fault may too. Ask once; what the broker says twice is so."""
+        """A gap: compaction and transactions leave some, a fault may too. Ask once; what the broker says twice is
+        so.
+        """
         if tp in self._has_gaps or self._gaps.get(tp) == expected:
             self._has_gaps.add(tp)
             return False
@@ -267,13 +277,13 @@ class Reader:
         ranges: dict[int, tuple[int, int]],
         again: set[int],
     ) -> None:
-        tp, code = message.partition(), error.code()
+        (tp, offset), code = _place(message), error.code()
         if code == KafkaError._PARTITION_EOF:
             # What lies between the last record and the end (transaction markers, compacted records) is accounted for.
-            end, expected = message.offset(), self._next.get(tp)
-            if expected is not None and end > expected and tp not in again:
-                ranges[tp] = (ranges[tp][0] if tp in ranges else expected, end)
-                self._next[tp] = end
+            expected = self._next.get(tp)
+            if expected is not None and offset > expected and tp not in again:
+                ranges[tp] = (ranges[tp][0] if tp in ranges else expected, offset)
+                self._next[tp] = offset
         elif code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE) and tp in self._next:
             self._lost(consumer, tp, ranges)
         else:
@@ -291,18 +301,25 @@ class Reader:
             low = high = expected
         if expected < low:
             self._alarm(
-                f"topic {self.topic!r}, topic partition {tp}: offsets {expected} to {low - 1} were deleted from the log "
-                "before they were read; they are lost to the index unless it is rebuilt from another source"
+                f"topic {self.topic!r}, topic partition {tp}: offsets {expected} to {low - 1} were deleted from the "
+                "log before they were read; they are lost to the index unless it is rebuilt from another source"
             )
             ranges[tp] = (expected, low)
         elif expected > high:
             self._alarm(
-                f"topic {self.topic!r}, topic partition {tp}: the log ends at offset {high}, below {expected} which had been "
-                "read: the topic was made anew or has lost records; drop the collection and build it again"
+                f"topic {self.topic!r}, topic partition {tp}: the log ends at offset {high}, below {expected} "
+                "which had been read: the topic was made anew or has lost records; drop the collection and build it again"
             )
         self._next[tp] = low if expected < low or expected > high else expected
         place.offset = self._next[tp]
         consumer.seek(place)
+
+
+def _place(message: Message) -> tuple[int, int]:
+    tp, offset = message.partition(), message.offset()
+    assert tp is not None  # of a message that came from a consumer
+    assert offset is not None
+    return tp, offset
 
 
 def _size(batch: RawBatch) -> int:

@@ -1,7 +1,9 @@
 """Headrace's nodes for Streamz: a Kafka source that loses nothing, and a step that may take its time.
 
-Streamz' own Kafka source drops tombstones, opens a consumer for each batch, commits out of order and knows no back-pressure.
-Here a batch is done when `emit` has returned from the whole graph without an error; until then the source keeps it and tries
+Streamz' own Kafka source drops tombstones, opens a consumer for each batch, commits out of order and knows no
+back-pressure.
+Here a batch is done when `emit` has returned from the whole graph without an error; until then the source keeps it
+and tries
 again, and commits never pass it.
 """
 
@@ -29,7 +31,7 @@ _TRIES_BEFORE_SPLITTING = 3
 
 
 @Stream.register_api()  # type: ignore[untyped-decorator]
-class stage(Stream):  # type: ignore[misc]
+class stage(Stream):
     """Await ``func(x)`` for every element and pass on what it returns; an error goes back to whoever emitted.
 
     Parameters
@@ -56,7 +58,7 @@ class stage(Stream):  # type: ignore[misc]
 
 
 @Stream.register_api(staticmethod)  # type: ignore[untyped-decorator]
-class from_kafka_log(Source):  # type: ignore[misc]
+class from_kafka_log(Source):
     """Micro-batches (`RawBatch`) of chosen topic partitions, each as soon as there is something.
 
     Parameters
@@ -66,13 +68,15 @@ class from_kafka_log(Source):  # type: ignore[misc]
     alarm : callable, optional
         Called on the event loop with a sentence when offsets were lost.
     refuse : async callable, optional
-        Called with a batch of one record and a reason when the graph fails on it again and again for no foreseen reason.
+        Called with a batch of one record and a reason when the graph fails on it again and again for no foreseen
+        reason.
     retry_delay, retry_delay_max : float
         Seconds between tries of a batch.
 
     Notes
     -----
-    All methods are to be called on the event loop. Batches may finish in any order; `stable` and Kafka's committed offsets
+    All methods are to be called on the event loop. Batches may finish in any order; `stable` and Kafka's committed
+    offsets
     only ever rise over a gapless stretch.
     """
 
@@ -174,7 +178,9 @@ class from_kafka_log(Source):  # type: ignore[misc]
             delay = min(2 * delay, longest)
 
     async def _isolate(self, batch: RawBatch, error: Exception) -> None:
-        """Find the record on which the graph fails: halves are tried by themselves, their offsets counted at the end."""
+        """Find the record on which the graph fails: halves are tried by themselves, their offsets counted at the
+        end.
+        """
         if len(batch.keys) == 1 and self._refuse is not None:
             await self._refuse(batch, f"the record made the ingest graph fail: {type(error).__name__}: {error}")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,6 +94,7 @@ class TestVersions:
         assert versions(store) == {}
         put(store, {"id": "a", "offset": 6})
         assert versions(store) == {"a": (0, 6, 0)}
+        assert store.statistics()["remembered"] == 0
 
     def test_a_delete_that_comes_first_is_remembered(self, store: Store) -> None:
         put(store, {"id": "a", "offset": 5, "cell": DELETED})
@@ -163,6 +165,29 @@ class TestVersions:
                 store.apply(replace(good, vectors=vectors), {0: 4})
         assert versions(store) == {"a": (0, 1, 0)}
         assert store.view.stamp == {0: 2}
+
+    def test_vectors_and_attributes_belong_to_the_rows_that_are_held(self, store: Store) -> None:
+        put(store, {"id": 4, "offset": 90})
+        rows = [{"id": n, "offset": n, "attributes": {"n": n}, "cell": DELETED if n % 3 == 0 else 0} for n in range(10)]
+        put(store, *rows)
+        found, _ = store.get([1, 2, 4, 5, 8], vectors=True)
+        assert [row and row.attributes for row in found] == [{"n": 1}, {"n": 2}, {}, {"n": 5}, {"n": 8}]
+        for row in found:
+            assert row is not None
+            np.testing.assert_array_equal(row.vector, vector_of(row.id, row.offset))
+
+    def test_a_growing_segment_grows(self, backend: Backend) -> None:
+        store = Store(backend, DIM, "cosine", replace(SMALL, seal_rows=10_000))
+        for start in (0, 900, 1800, 2700):
+            rows = [{"id": n, "partition": 2, "offset": n, "cell": 3} for n in range(start, start + 900)]
+            put(store, *({**row, "attributes": {"n": row["id"], f"from-{start}": True}} for row in rows))
+        assert versions(store) == {n: (2, n, 3) for n in range(3600)}
+        found, _ = store.get(range(0, 3600, 50), vectors=True)
+        for row in found:
+            assert row is not None
+            assert row.attributes == {"n": row.id, f"from-{row.id // 900 * 900}": True}
+            assert row.timestamp == row.id
+            np.testing.assert_array_equal(row.vector, vector_of(row.id, row.offset))
 
     def test_integer_ids_are_not_the_strings_that_look_like_them(self, store: Store) -> None:
         put(store, {"id": 7, "offset": 1}, {"id": "7", "offset": 2})
@@ -305,8 +330,8 @@ class TestReads:
         scan = store.scan(vectors=True)
         first = next(scan)
         picture = [(part.alive.copy(), part.cells.copy()) for part in view.segments]
-        put(store, *({"id": n, "offset": 100 + n, "cell": 2} for n in range(40)), stamp={0: 200})
         put(store, *({"id": n, "offset": n, "cell": 3, "action": Action.KEEP} for n in range(40, 50)))
+        put(store, *({"id": n, "offset": 100 + n, "cell": 2} for n in range(40)), stamp={0: 200})
         put(store, *({"id": n, "offset": 300 + n} for n in range(100, 1300)))
         finish(store)
         store.drop_cells(frozenset())
@@ -520,10 +545,19 @@ class TestNothingBlinks:
 
         def write() -> None:
             offset = next(clock)
-            put(store, {"id": offset, "offset": offset})
+            put(store, {"id": offset, "offset": offset}, stamp={0: offset + 1})
             written.append(offset)
 
-        run_together(1.0, write, lambda: finish(store))
+        def look() -> None:
+            view = store.view
+            assert view.rows == view.stamp.get(0, 0), "rows and stamp are of two moments"
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            run_together(1.0, write, look, lambda: finish(store))
+        finally:
+            sys.setswitchinterval(interval)
         assert len(written) > 100
         assert sorted(versions(store)) == written
         assert all(row is not None for row in store.get(written)[0])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from headrace.gpu.errors import ConfigError
-from headrace.pipeline import cli, cli_bench, cli_records, config
+from headrace.pipeline import cli, cli_bench, cli_common, cli_records, config
 from headrace.pipeline.cli_bench import benchmarks
 from headrace.streams.broker import EmbeddedBroker
 from headrace.streams.topics import Offsets
@@ -90,7 +90,10 @@ def test_a_configuration_that_cannot_be_is_told_first(capsys: Capture) -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_scheduler_that_is_not_there(arguments: list[str], nowhere: str, capsys: Capture) -> None:
+def test_a_scheduler_that_is_not_there(
+    arguments: list[str], nowhere: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_common, "PATIENCE", 0.3)
     assert cli.main([*arguments, "--cluster", f"tcp://{nowhere}"]) == 1
     assert nowhere in sentence(capsys)
 

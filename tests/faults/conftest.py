@@ -1,0 +1,42 @@
+"""Clusters that may be broken, one for each module, and the waiting that follows a fault."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import headrace
+from headrace.pipeline.client import Collection, Database
+
+Quiet = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Database]:
+    """Two worker processes, which Dask's nannies start again when they die."""
+    with headrace.connect(workers=2, processes=True, backend="host") as db:
+        yield db
+
+
+@pytest.fixture(scope="session")
+def until_quiet() -> Quiet:
+    """Wait until nothing is under way and nothing is missing; gives the status then."""
+
+    def wait(collection: Collection, *, workers: int, deadline: float = 60.0, ignore: bool = False) -> dict[str, Any]:
+        """`ignore` alarms, which a collection keeps until it is dropped."""
+        until = time.monotonic() + deadline
+        while True:
+            status = collection.status()
+            active = [worker for worker in status["workers"] if worker["state"] == "active"]
+            missing = status["notes"] or (status["alarms"] and not ignore)
+            if len(active) == len(status["workers"]) == workers and not (
+                missing or status["moving"] or status["ingest"]["lag"]
+            ):
+                return status
+            assert time.monotonic() < until, f"not quiet after {deadline:g} s: {status}"
+            time.sleep(0.05)
+
+    return wait
