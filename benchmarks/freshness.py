@@ -41,9 +41,8 @@ TOPIC_PARTITIONS = 8
 BURST = 0.004
 """Seconds between two bursts of the generator: finer, and on a small machine its own wake-ups would be the load."""
 ENCODERS: Mapping[str, str | None] = {"vectors": None, "texts": "minilm"}
-STAGES: Mapping[str, str] = {
-    "kafka": "in Kafka", "decode": "decode", "encode": "encode", "apply": "apply", "acknowledge": "acknowledge",
-}  # fmt: skip
+STAGES: Mapping[str, str] = {"kafka": "in Kafka"}
+"""What a part of the way is called where its short name does not say it."""
 AIMS: Mapping[str, Mapping[str, str]] = {"vectors": {"p50": "< 15", "p99": "< 50"}, "texts": {"p99": "< 100"}}
 
 Row = tuple[bytes, bytes, list[tuple[str, str | bytes | None]]]
@@ -184,7 +183,7 @@ def _phase(
     write = _probes(collection, load)
     write()  # the graph runs and the encoder is loaded when this returns
     generator = Generator(load)
-    pids = {
+    pids: dict[str, list[int | None]] = {
         "workers": list(db.workers.values()),
         "broker": [broker.pid],
         "generator": [generator.process.pid],
@@ -295,8 +294,8 @@ def _tables(
 
     whole = ("p50", "p95", "p99", "max")
     table = {"freshness": over([phase.freshness for phase in phases], whole)}
-    for stage, title in STAGES.items():
-        table[title] = over([phase.stages[stage] for phase in phases], ("p50", "p99"))
+    for stage in phases[0].stages:
+        table[STAGES.get(stage, stage)] = over([phase.stages[stage] for phase in phases], ("p50", "p99"))
     table["probe"] = over([phase.probe for phase in phases], whole)
     figures: dict[str, Any] = {name: spread(phase.figures[name] for phase in phases) for name in phases[0].figures}
     if floors:

@@ -248,7 +248,8 @@ def _section(title: str, section: Mapping[str, Any]) -> Table:
 
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"{_cell(value.get('median'))} ({_cell(value.get('min'))} .. {_cell(value.get('max'))})"
+        median, least, most = (_cell(value.get(name)) for name in ("median", "min", "max"))
+        return median if least == most else f"{median} ({least} .. {most})"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
     return "-" if value is None else str(value)

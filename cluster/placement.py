@@ -91,6 +91,9 @@ def cover(cells: Iterable[int], serving: Mapping[int, Sequence[str]], *, avoid: 
     if not all(missing.values()):
         return []
     chosen: list[str] = []
+    for worker in sorted({holders[0] for holders in missing.values() if len(holders) == 1}):
+        chosen.append(worker)  # a cell with one holder leaves no choice; taking it first spares others
+        missing = {cell: holders for cell, holders in missing.items() if worker not in holders}
     while missing:
         gain: dict[str, int] = {}
         for holders in missing.values():

@@ -119,7 +119,7 @@ def _read(options: Options, display: Display) -> list[Doc]:
     display.phase("reading the docstrings of this Python")
     docs = list(
         docstrings(
-            options.docs, seed=options.seed, on_progress=lambda done, files: display.progress(done, files, of="files")
+            options.docs, seed=options.seed, on_progress=lambda done, files: display.progress(done, files, "files")
         )
     )
     display.done(f"{len(docs):,} documents")

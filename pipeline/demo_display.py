@@ -55,23 +55,23 @@ class Display:
             self.console.print(Text(text))
         self._draw("")
 
-    def progress(self, done: int, total: int, **figures: str) -> None:
+    def progress(self, done: int, total: int, what: str = "documents", **figures: str) -> None:
         """How far the phase is; `figures` are shown beside it."""
-        line = f"{done:,} of {total:,}" + "".join(f"  {name} {figure}" for name, figure in figures.items())
+        line = f"{done:,} of {total:,} {what}" + "".join(f"  {name} {figure}" for name, figure in figures.items())
         if self._live is None:
             if time.monotonic() - self._told >= PLAIN_EVERY:
                 self._told = time.monotonic()
-                self.console.print(Text(f"  {line}"))
+                self.console.print(Text(f"  {line}"), soft_wrap=True)
             return
         self._draw(line)
 
     def done(self, text: str) -> None:
         """The phase is over; one line stays of it."""
-        self.console.print(Text(f"  {text} ({time.monotonic() - self._began:.1f} s)"))
+        self.console.print(Text(f"  {text} ({time.monotonic() - self._began:.1f} s)"), soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def summary(self, report: Mapping[str, Any], held: bool) -> None:
         """The report as a table."""
@@ -124,8 +124,7 @@ def _rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     ):
         value = report.get(name)
         if isinstance(value, Mapping):
-            unit = " ms" if name.endswith("_ms") else ""
-            value = "  ".join(f"{key} {number:,.0f}{unit if key != 'count' else ''}" for key, number in value.items())
+            value = "  ".join(f"{key} {number:,.0f} ms" for key, number in value.items() if key != "count")
         elif isinstance(value, bool):
             value = "all copies agree" if value else "COPIES DIFFER"
         elif isinstance(value, float):

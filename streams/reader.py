@@ -308,7 +308,8 @@ class Reader:
         elif expected > high:
             self._alarm(
                 f"topic {self.topic!r}, topic partition {tp}: the log ends at offset {high}, below {expected} "
-                "which had been read: the topic was made anew or has lost records; drop the collection and build it again"
+                "which had been read: the topic was made anew or has lost records; drop the collection and build it "
+                "again"
             )
         self._next[tp] = low if expected < low or expected > high else expected
         place.offset = self._next[tp]

@@ -30,8 +30,8 @@ log = logging.getLogger("headrace.streams")
 _TRIES_BEFORE_SPLITTING = 3
 
 
-@Stream.register_api()  # type: ignore[untyped-decorator]
-class stage(Stream):
+@Stream.register_api()
+class stage(Stream):  # type: ignore[misc]
     """Await ``func(x)`` for every element and pass on what it returns; an error goes back to whoever emitted.
 
     Parameters
@@ -57,8 +57,8 @@ class stage(Stream):
         await asyncio.gather(*self._emit(result, metadata=metadata))
 
 
-@Stream.register_api(staticmethod)  # type: ignore[untyped-decorator]
-class from_kafka_log(Source):
+@Stream.register_api(staticmethod)
+class from_kafka_log(Source):  # type: ignore[misc]
     """Micro-batches (`RawBatch`) of chosen topic partitions, each as soon as there is something.
 
     Parameters
@@ -93,6 +93,7 @@ class from_kafka_log(Source):
         retry_delay_max: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        self.stopped: bool = True
         super().__init__(asynchronous=True, **kwargs)
         self.tracker = OffsetTracker()
         self.stable: dict[int, int] = {}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.pipeline.demo_checks import Difference, Expected, Seen, compare, exact_scores, percentiles, recall
+from headrace.pipeline.demo import Options, run
+from headrace.pipeline.demo_checks import Difference, Expected, Seen, compare, exact_scores, percentiles, recallfrom headrace.pipeline.demo_stream import MOST, Ledger, Pacer, applied
+from headrace.pipeline.results import Write
 
 EXPECTED = {"a": Expected(0, 5, "one"), "b": Expected(1, 7, "two")}
 A, B = Seen("a", 0, 5, "one"), Seen("b", 1, 7, "two")
@@ -112,3 +117,70 @@ def test_exact_scores_in_pieces_are_the_whole_product() -> None:
 def test_percentiles_are_values_that_occurred() -> None:
     assert percentiles([1.0, 2.0, 3.0, 100.0]) == {"p50": 3.0, "p99": 100.0}
     assert percentiles([]) == {}
+
+
+# -- the stream --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fixed_rate_is_kept() -> None:
+    pacer, sent, clock = Pacer(rate=100.0), 0, 50.0
+    for step in range(101):
+        sent += pacer.allow(clock + step * 0.02, sent)
+    assert sent == 201
+
+
+@pytest.mark.parametrize("capacity", [30, 120, 350, 2000])
+def test_a_closed_loop_keeps_few_on_their_way_and_the_encoder_busy(capacity: int) -> None:
+    pacer, sent, done, longest = Pacer(), 0, 0.0, 0.0
+    pacer.look(1.0, 0)
+    for step in range(1, 1001):  # ten seconds
+        now = 1.0 + step * 0.01
+        done = min(float(sent), done + capacity * 0.01)
+        if step % 20 == 0:
+            pacer.look(now, int(done))
+        if step % 2 == 0:
+            sent += pacer.allow(now, sent)
+        if step > 300:
+            longest = max(longest, sent - done)
+    assert done > 0.55 * 10 * min(capacity, 350)
+    assert longest <= 1.5 * MOST
+
+
+def test_nothing_is_sent_while_nothing_is_applied() -> None:
+    pacer, sent = Pacer(), 0
+    pacer.look(1.0, 0)
+    for step in range(100):
+        pacer.look(1.0 + step, 0)
+        sent += pacer.allow(1.0 + step, sent)
+    assert 0 < sent <= MOST
+
+
+def test_the_ledger_holds_the_last_acknowledged_version() -> None:
+    ledger = Ledger()
+    ledger.upserted(Write({0: 2}, 2, (("a", 0, 0), ("b", 0, 1))), {"a": "one", "b": "two"})
+    ledger.upserted(Write({0: 3}, 1, (("a", 0, 2),)), {"a": "three"})
+    ledger.removed(Write({0: 4}, 1, (("b", 0, 3),)))
+    assert ledger.expected == {"a": Expected(0, 2, "three")}
+    assert ledger.newest == ("a", Expected(0, 2, "three"))
+    assert (ledger.deleted, ledger.sent) == ({"b"}, 4)
+
+
+def test_applied_is_what_the_slowest_copy_has() -> None:
+    workers = [
+        {"state": "active", "watermarks": {0: 5, 1: 2}},
+        {"state": "active", "watermarks": {0: 3, 1: 7}},
+        {"state": "joining", "watermarks": {}},
+    ]
+    assert applied({"workers": workers}) == 5
+    assert applied({"workers": []}) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_demo_finds_everything_in_its_place(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert run(Options(docs=300, report=report)) == 0
+    found = json.loads(report.read_text())
+    assert (found["documents"], found["changed"], found["deleted"], found["count"]) == (300, 15, 6, 294)
+    assert [found[name] for name in ("missing", "ghosts", "stale", "dead_letters")] == [0, 0, 0, 0]
+    assert found["freshness_ms"]["count"] == 321
