@@ -1,8 +1,7 @@
 """Calling a Headrace handler on another Dask server, with a deadline, and turning every failure into a Headrace error.
 
 A handler in ``worker.handlers`` answers in under a millisecond where a task through the scheduler takes ten; it runs
-on the
-event loop, so handlers hand anything long to an executor.
+on the event loop, so handlers hand anything long to an executor.
 """
 
 from __future__ import annotations

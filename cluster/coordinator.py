@@ -2,8 +2,7 @@
 
 Runs on the scheduler's event loop and talks to workers through a function handed in, so tests need no Dask. A change is
 published to all members and answered by each only when it has finished what it had begun under the older epoch; only
-then do
-clients see it.
+then do clients see it.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class Coordinator:
 
     def __init__(self, spec: CollectionSpec, call: Call, settings: CoordinatorSettings | None = None) -> None:
         self.state = CollectionState(spec=spec, codebook=first_codebook(spec.dim))
-        self.published = self.state
         self._call, self._settings = call, settings or CoordinatorSettings()
         self._live: set[str] = set()
         self._suspects: dict[str, str] = {}
@@ -140,7 +138,6 @@ class Coordinator:
         if merged != self.state.schema:
             # No new epoch: a schema only grows, and a worker that does not know a column yet asks here.
             self.state = self.state.with_(schema=merged)
-            self.published = self.published.with_(schema=merged)
         return merged
 
     def alarm(self, text: str) -> None:
@@ -148,7 +145,6 @@ class Coordinator:
         if text not in self.state.alarms:
             log.error("collection %r: %s", self.state.spec.name, text)
             self.state = self.state.with_(alarms=(*self.state.alarms, text))
-            self.published = self.published.with_(alarms=self.state.alarms)
 
     async def newer_than(self, epoch: int, patience: float) -> CollectionState:
         """The working state as soon as it is newer than `epoch`, or after `patience` seconds as it is."""
@@ -219,7 +215,6 @@ class Coordinator:
 
         await asyncio.gather(*(tell(worker) for worker in state.members))
         if not any(worker in self._suspects for worker in state.members):
-            self.published = self.state
             self.ready.set()
 
     async def _move(self) -> dict[str, dict[int, int]] | None:

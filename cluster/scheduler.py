@@ -109,9 +109,9 @@ class HeadraceScheduler(SchedulerPlugin):
         }
 
     async def describe(self, collection: str, epoch: int = -1) -> dict[str, Any]:
-        """The newest state that all members have; empty if that is the caller's own `epoch`."""
+        """The newest state; None if that is the caller's own `epoch`."""
         coordinator = self._coordinator(collection)
-        state = coordinator.published
+        state = coordinator.state
         return {
             "state": None if state.epoch == epoch else state.to_wire(),
             "schema": dict(state.schema),  # these two change without a new epoch

@@ -1,8 +1,7 @@
 """The worker's half: a plugin that holds this worker's replicas and answers applies, reads and moves.
 
 Handlers run on the worker's event loop. An apply of a few hundred rows takes well under a millisecond there and is
-done in
-place; searches, index builds, scans and training go to executors.
+done in place; searches, index builds, scans and training go to executors.
 """
 
 from __future__ import annotations

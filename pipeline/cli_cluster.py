@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from headrace.gpu.errors import ClusterError
-from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table
+from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, shielded, table
 
 __all__ = ["create", "status", "up"]
 
@@ -32,11 +32,14 @@ def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) 
       headrace up --workers 4 --port 9786 --dashboard :9787
     """
     import headrace
+    from headrace.pipeline.launch import check_host
 
+    check_host(host)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    try:
+    _check_port(host, port)
+    with shielded():
         database = headrace.connect(
             workers=workers,
             processes=True,
@@ -45,11 +48,6 @@ def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) 
             host=host,
             port=port,
         )
-    except RuntimeError as error:  # what Dask makes of everything that hinders a cluster from starting
-        raise ClusterError(
-            f"no cluster could be started at {host}:{port} ({error.__cause__ or error}): "
-            "if the port is taken, choose another with --port"
-        ) from error
     with database:
         click.echo(f"scheduler  {database.address}")
         click.echo(f"dashboard  {database.dashboard}")
@@ -130,6 +128,19 @@ def status(name: str | None, cluster: str, as_json: bool) -> None:
         _show(state)
 
 
+def _check_port(host: str, port: int) -> None:
+    """Dask would say only that its scheduler did not start."""
+    import socket
+
+    try:
+        # As the scheduler will: a connection that has just ended does not hold the port.
+        with socket.create_server((host, port)):
+            return
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (")[0]
+        raise ClusterError(f"nothing can listen at {host}:{port} ({why}): choose another port with --port") from error
+
+
 def _on(host: str, dashboard: str) -> str:
     """A bare ``:port`` would listen on every network; the dashboard can do what the scheduler can."""
     return f"{host}{dashboard}" if dashboard.startswith(":") else dashboard
@@ -151,9 +162,15 @@ def _show(state: Mapping[str, Any]) -> None:
     }
     table(state["name"], ["", "collection"], [(key, value) for key, value in facts.items() if value != ""])
     rows = [
-        (worker["address"], worker["state"], worker["rows"], worker["segments"], f"{worker['bytes'] / 2**20:.1f}")
+        (
+            worker["address"],
+            worker["state"],
+            worker.get("rows", "?"),
+            worker.get("segments", "?"),
+            f"{worker.get('bytes', 0) / 2**20:.1f}",
+        )
         for worker in state["workers"]
     ]
     table("", ["worker", "state", "rows", "segments", "MiB"], rows, right=["rows", "segments", "MiB"])
-    for alarm in state.get("alarms", []):
-        click.echo(f"! {alarm}")
+    for sentence in [*state.get("notes", []), *state.get("alarms", [])]:
+        click.echo(f"! {sentence}")

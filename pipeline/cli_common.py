@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "debug_option",
     "json_option",
     "plain_json",
+    "shielded",
     "table",
 ]
 
@@ -75,6 +77,24 @@ class Command(click.Command):
 
         config.check()
         return super().invoke(ctx)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """While processes are started: they, and the threads that start them again, will not be told of a Ctrl-C.
+
+    A terminal sends it to every process, and each worker would die of it with a traceback; the program that started
+    them ends them in order. Its own Ctrl-C comes when this is over.
+    """
+    from multiprocessing import resource_tracker
+
+    # It is started before the first process, and lets the signal through again when it has been.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -249,13 +249,16 @@ def _wait(collection: Collection, broker: str, topic: str) -> None:
     wanted = {place: (low[place], end) for place, end in high.items() if end > low[place]}
     total = sum(end - start for start, end in wanted.values())
     told: set[str] = set()
+    before = -1
     for state in _states(collection):
         for alarm in state.get("alarms", []):
             if alarm not in told:
                 told.add(alarm)
                 click.echo(f"headrace: {alarm}", err=True)
         left = _left(state["workers"], wanted)
-        click.echo(f"{total - left} of {total} records can be searched", err=True)
+        if left != before:
+            click.echo(f"{total - left} of {total} records can be searched", err=True)
+        before = left
         if not left:
             return
 
@@ -270,7 +273,7 @@ def _left(workers: list[Mapping[str, Any]], wanted: Mapping[int, tuple[int, int]
     """Offsets that the slowest worker has yet to apply."""
     missing = 0
     for place, (start, end) in wanted.items():
-        marks = [int(dict(worker["watermarks"]).get(place, 0)) for worker in workers]
+        marks = [int(dict(worker.get("watermarks", {})).get(place, 0)) for worker in workers]
         missing += end - min(max(min(marks, default=0), start), end)
     return missing
 

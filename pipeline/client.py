@@ -129,7 +129,7 @@ class Database:
     """All collections of one cluster. Thread-safe. Use it as a context manager, or `close` it."""
 
     def __init__(self, asynchronous: AsyncDatabase, owns: Sequence[Any] = ()) -> None:
-        self._async, self._owns = asynchronous, owns
+        self._async, self._owns, self._closed = asynchronous, owns, False
 
     def _sync(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         return self._async.dask.sync(function, *args, **kwargs)
@@ -217,7 +217,10 @@ class Database:
         return self._sync(self._async.status)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Disconnect; a cluster that `connect` started ends."""
+        """Disconnect; a cluster that `connect` started ends. Again changes nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._sync(self._async.disconnect, end_cluster=bool(self._owns))
         self._async.dask.close()
         for thing in self._owns:

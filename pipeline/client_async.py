@@ -58,7 +58,9 @@ class AsyncDatabase:
     @property
     def dashboard(self) -> str:
         """Where Dask's dashboard can be seen."""
-        return str(self.dask.dashboard_link)
+        scheduler = self.dask.scheduler_info(n_workers=0)
+        host = self.address.partition("://")[2].rpartition(":")[0] if "tcp" in self.address else "127.0.0.1"
+        return f"http://{host}:{scheduler['services']['dashboard']}/status"
 
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
         return await call(self.dask.rpc, address, op, deadline=deadline, **message)

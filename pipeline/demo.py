@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import headrace
+from headrace.pipeline.cli_common import shielded
 from headrace.pipeline.demo_checks import Seen, compare, exact_scores, percentiles, recall
 from headrace.pipeline.demo_display import Display
 from headrace.pipeline.demo_stream import Ledger, MemoryPeak, Pacer, Searcher, stream
@@ -86,12 +87,14 @@ def run(options: Options) -> int:
     with Display() as display, MemoryPeak() as memory:
         docs = _read(options, display)
         display.phase("starting a broker and a cluster")
-        with (
-            headrace.EmbeddedBroker(topics={TOPIC: TOPIC_PARTITIONS}) as broker,
-            headrace.connect(
-                workers=options.workers, processes=True, backend=options.backend, dashboard="127.0.0.1:0"
-            ) as db,
-        ):
+        with contextlib.ExitStack() as stack:
+            with shielded():
+                broker = stack.enter_context(headrace.EmbeddedBroker(topics={TOPIC: TOPIC_PARTITIONS}))
+                db = stack.enter_context(
+                    headrace.connect(
+                        workers=options.workers, processes=True, backend=options.backend, dashboard="127.0.0.1:0"
+                    )
+                )
             collection = db.create_collection(TOPIC, encoder=options.encoder, replicas=options.copies)
             collection.ingest(broker.bootstrap, topic=TOPIC)
             _warm_up(collection, options)

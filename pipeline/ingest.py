@@ -5,8 +5,7 @@
     from_kafka_log -> decode -> encode -> route -> apply -> account
 
 A micro-batch keeps what each step adds to it. Nothing here remembers a batch: if a step fails, the source sends the
-same raw
-batch through again, and applying twice changes nothing.
+same raw batch through again, and applying twice changes nothing.
 """
 
 from __future__ import annotations
@@ -192,18 +191,26 @@ class Ingest:
         for peer in state.active:
             if peer == self._node.address:
                 continue
-            try:
-                answer = await self._node.call(
-                    peer, "watermarks", deadline=self._settings.apply_deadline, collection=state.spec.name
-                )
-            except HeadraceError as error:
-                # It is dying, or has not heard of the collection yet: then nothing of it may be taken for granted.
-                log.info("asking %s how far it is: %s", peer, error)
-                marks = dict(self._kafka.origins)
-            else:
-                marks = dict(answer["watermarks"])
+            marks = await self._watermarks_of(peer, state)
             low = {tp: min(low.get(tp, mark), mark) for tp, mark in marks.items()}
         return {tp: max(low.get(tp, 0), self._kafka.origins.get(tp, 0)) for tp in range(self._kafka.partitions)}
+
+    async def _watermarks_of(self, peer: str, state: CollectionState) -> dict[int, int]:
+        """How far a peer is; nothing for one that does not answer, which leaves the placement and begins anew."""
+        name, deadline = state.spec.name, self._settings.apply_deadline
+        until = time.monotonic() + deadline
+        while True:
+            try:
+                answer = await self._node.call(peer, "watermarks", deadline=deadline, collection=name)
+            except HeadraceError as error:
+                if time.monotonic() < until:  # it may hear of the collection a moment after us
+                    await asyncio.sleep(0.02)
+                    continue
+                await self._node.call_scheduler(
+                    "suspect", collection=name, worker=peer, epoch=state.epoch, why=str(error)
+                )
+                return {}
+            return dict(answer["watermarks"])
 
     async def drained(self, epoch: int) -> None:
         """Return when nothing that was sent under an older epoch is under way."""

@@ -104,5 +104,6 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
 
 def _at(dashboard: str | None, host: str) -> str:
     """Where the dashboard listens: on `host`, not, as Dask would have it, on every address of the machine."""
-    port = (dashboard or ":0").rpartition(":")[2]
-    return dashboard if dashboard and not dashboard.startswith(":") else f"{host}:{port}"
+    given, _, port = (dashboard or ":0").rpartition(":")
+    check_host(given or host)
+    return f"{given or host}:{port}"

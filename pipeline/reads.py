@@ -42,7 +42,7 @@ def consistency_of(given: Consistency) -> tuple[str, float]:
 
 
 class Router:
-    """One collection as a client sees it: its newest published state and the workers that answer.
+    """One collection as a client sees it: its newest state and the workers that answer.
 
     Belongs to one event loop. `call_scheduler` and `call` are `cluster.calls.call` bound to a connection pool.
     """
@@ -91,8 +91,7 @@ class Router:
         while True:
             state = await self.state()
             workers = [worker for worker in state.active if worker not in self._avoided()] or list(state.active)
-            self._turn += 1
-            try:
+            self._turn += 1 try:
                 if not workers:
                     raise ClusterError(f"collection {self.name!r} has no active worker at the moment")
                 worker = workers[self._turn % len(workers)]

@@ -67,4 +67,8 @@ def _worker(worker: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: value for name, value in worker.items() if name != "cell_sizes"}
     if "watermarks" in shown:
         shown["watermarks"] = dict(shown["watermarks"])
+        shown["segment_sizes"] = [dict(segment) for segment in shown["segments"]]
+        shown["segments"] = len(shown["segments"])
+        shown["bytes_by_purpose"] = dict(shown["bytes"])
+        shown["bytes"] = sum(shown["bytes"].values())
     return shown

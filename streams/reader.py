@@ -1,8 +1,7 @@
 """One long-lived Kafka consumer and the one thread that owns it.
 
 confluent-kafka's consumer is not to be shared between threads: a commit from a second one can block for ever. So
-everything
-that concerns the consumer is an order put into a queue, and the thread carries orders out between two polls.
+everything that concerns the consumer is an order put into a queue, and the thread carries orders out between two polls.
 """
 
 from __future__ import annotations

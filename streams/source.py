@@ -3,8 +3,7 @@
 Streamz' own Kafka source drops tombstones, opens a consumer for each batch, commits out of order and knows no
 back-pressure.
 Here a batch is done when `emit` has returned from the whole graph without an error; until then the source keeps it
-and tries
-again, and commits never pass it.
+and tries again, and commits never pass it.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ class from_kafka_log(Source):  # type: ignore[misc]
     Notes
     -----
     All methods are to be called on the event loop. Batches may finish in any order; `stable` and Kafka's committed
-    offsets
-    only ever rise over a gapless stretch.
+    offsets only ever rise over a gapless stretch.
     """
 
     def __init__(

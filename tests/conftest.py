@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+import headrace
+from headrace.pipeline.client import Database
 from headrace.streams.broker import EmbeddedBroker
 
 # A shared machine may stall for longer than the default of 200 ms.
@@ -30,3 +32,10 @@ def topic(broker: EmbeddedBroker) -> str:
     name = f"test-{next(_NUMBERS)}"
     broker.create_topic(name, 4)
     return name
+
+
+@pytest.fixture(scope="session")
+def db() -> Iterator[Database]:
+    """A cluster of two workers in this process that tests share: a test that breaks workers starts one of its own."""
+    with headrace.connect(workers=2, backend="host") as running:
+        yield running

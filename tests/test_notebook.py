@@ -60,11 +60,11 @@ def test_getting_started_shows_what_it_says(model: None) -> None:
         for cell in cells(ROOT / "notebooks" / "getting_started.ipynb"):
             if cell["cell_type"] == "code":
                 exec(compile("".join(cell["source"]), f"cell {cell['id']}", "exec"), names)
-    finally:
-        if "db" in names:
-            names["db"].close()
-        if "broker" in names:
-            names["broker"].stop()
+    except BaseException:
+        for name, end in (("db", "close"), ("broker", "stop")):
+            if name in names:
+                getattr(names[name], end)()
+        raise
     assert names["write"].count == 4
     assert names["hits"][0].id == "cake", "the text that is nearest to 'something sweet'"
     assert {hit.id for hit in names["after"]} == {"soup", "bread", "salad"}, "the cake was deleted"

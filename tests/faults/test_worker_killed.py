@@ -1,4 +1,4 @@
-"""A worker process dies by SIGKILL while records stream in: nothing acknowledged is lost, nothing is claimed too soon."""
+"""A worker process dies by SIGKILL in mid-stream: nothing acknowledged is lost, and nothing is claimed too soon."""
 
 from __future__ import annotations
 

@@ -125,6 +125,13 @@ def test_others_may_not_reach_a_cluster_without_tls(capsys: Capture) -> None:
     assert "TLS" in sentence(capsys)
 
 
+def test_a_port_that_is_taken(capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["up", "--port", str(port)]) == 1
+    assert f"127.0.0.1:{port}" in sentence(capsys)
+
+
 def test_the_dashboard_listens_where_the_scheduler_does() -> None:
     from headrace.pipeline.cli_cluster import _on
 

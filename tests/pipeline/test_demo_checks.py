@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.pipeline.demo import Options, run
-from headrace.pipeline.demo_checks import Difference, Expected, Seen, compare, exact_scores, percentiles, recallfrom headrace.pipeline.demo_stream import MOST, Ledger, Pacer, applied
+from headrace.pipeline.demo_checks import Difference, Expected, Seen, compare, exact_scores, percentiles, recall
+from headrace.pipeline.demo_stream import MOST, Ledger, Pacer, applied
 from headrace.pipeline.results import Write
 
 EXPECTED = {"a": Expected(0, 5, "one"), "b": Expected(1, 7, "two")}
@@ -77,8 +77,7 @@ def test_every_lost_row_is_found(data: st.DataObject) -> None:
         expected, {name: [row[i] for i in held] for name, held in copies.items()}, [(i, row[i]) for i in ids], 2
     )
     assert {id_ for id_, _ in found.missing} == {i for i in ids if sum(i in held for held in copies.values()) < 2}
-    assert not found.ghosts
-    assert not found.stale
+    assert not found.ghosts assert not found.stale
 
 
 def test_recall_by_hand() -> None:
