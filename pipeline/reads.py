@@ -91,7 +91,8 @@ class Router:
         while True:
             state = await self.state()
             workers = [worker for worker in state.active if worker not in self._avoided()] or list(state.active)
-            self._turn += 1 try:
+            self._turn += 1
+            try:
                 if not workers:
                     raise ClusterError(f"collection {self.name!r} has no active worker at the moment")
                 worker = workers[self._turn % len(workers)]

@@ -443,7 +443,8 @@ class TestMaintenance:
         monkeypatch.undo()
         now = versions(store)
         assert (now[3], now[5], now["new"], now[7]) == ((0, 1003, 2), (0, 5, 9), (0, 1006, 2), (0, 7, 8))
-        assert 4 not in now assert 6 not in now
+        assert 4 not in now
+        assert 6 not in now
         assert len(now) == (192 if merging else 64) - 2 + 1
         assert store.get([3])[0][0].offset == 1003  # type: ignore[union-attr]
         assert nearest(store, 3, 1003) == 3

@@ -77,7 +77,8 @@ def test_every_lost_row_is_found(data: st.DataObject) -> None:
         expected, {name: [row[i] for i in held] for name, held in copies.items()}, [(i, row[i]) for i in ids], 2
     )
     assert {id_ for id_, _ in found.missing} == {i for i in ids if sum(i in held for held in copies.values()) < 2}
-    assert not found.ghosts assert not found.stale
+    assert not found.ghosts
+    assert not found.stale
 
 
 def test_recall_by_hand() -> None:
