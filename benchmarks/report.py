@@ -249,7 +249,7 @@ def _section(title: str, section: Mapping[str, Any]) -> Table:
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         median, least, most = (_cell(value.get(name)) for name in ("median", "min", "max"))
-        return median if least == most else f"{median} ({least} .. {most})"
+        return median if least == most else f"{median} ({least}..{most})"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
     return "-" if value is None else str(value)

@@ -65,7 +65,12 @@ def connect(
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
-        owns.append(distributed.LocalCluster(**options))  # type: ignore[no-untyped-call]
+        try:
+            owns.append(distributed.LocalCluster(**options))  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ClusterError(
+                f"no cluster could be started at {host}:{port} ({error.__cause__ or error}): is the port taken?"
+            ) from error
     try:
         dask_client = distributed.Client(  # type: ignore[no-untyped-call]
             owns[0] if owns else address, direct_to_workers=True, timeout=timeout, set_as_default=False

@@ -54,6 +54,7 @@ class Router:
         self._state_at = 0.0
         self._avoid: dict[str, float] = {}
         self._turn = 0
+        self._any_turn = 0
 
     async def state(self, *, newest: bool = False, deadline: float = 5.0) -> CollectionState:
         """The collection's state, at most a second old; asked for now if `newest`."""
@@ -91,11 +92,11 @@ class Router:
         while True:
             state = await self.state()
             workers = [worker for worker in state.active if worker not in self._avoided()] or list(state.active)
-            self._turn += 1
+            self._any_turn += 1  # a count of its own: a search asks twice, and parity would tie each kind to one worker
             try:
                 if not workers:
                     raise ClusterError(f"collection {self.name!r} has no active worker at the moment")
-                worker = workers[self._turn % len(workers)]
+                worker = workers[self._any_turn % len(workers)]
                 return await self._ask(worker, op, until, collection=self.name, **message)
             except (ClusterError, CollectionNotFound):
                 if time.monotonic() >= until:

@@ -150,7 +150,7 @@ def test_it_prints_results_and_misses(report: Report) -> None:
     with console.capture() as out:
         show(report, console)
     text = out.get()
-    assert "2 (1 .. 3)" in text
+    assert "2 (1..3)" in text
     assert "apply" in text
     assert "missed" in text
     assert ">= 0.95" in text

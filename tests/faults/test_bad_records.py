@@ -1,4 +1,4 @@
-"""Records that cannot be used, sent through Kafka: each is in the dead letters with its place, and nothing else is touched."""
+"""Records that cannot be used, sent through Kafka: each is a dead letter with its place, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Bench:
         return {worker: answer["digests"] for worker, answer in answers.items()}
 
     def only_these_are_refused(self, bad: dict[str, tuple[Record, str]]) -> None:
-        """Send bad records between good ones: each is refused for its own reason, and the index does not change by them."""
+        """Send bad records between good ones: each is refused for its own reason, and the index does not change."""
         self.send(good("before", 1))
         self.visible(["before"])
         before = self.counted(0)
@@ -181,7 +181,7 @@ def test_vectors_that_cannot_be(bench: Bench) -> None:
             "zero": ((b"zero", packed([0.0] * DIM), F32), "zero norm"),
             "float64": ((b"double", packed(ones, "<d"), F32), "is it float64?"),
             "big-endian": ((b"big", packed(ones, ">f"), F32), "big-endian"),
-            "huge": ((b"huge", packed([1e30] * DIM), F32), "overflows float32"),
+            "huge": ((b"huge", packed([2.0**100] * DIM), F32), "overflows float32"),
             "short list": ((b"list", b'{"vector": [1, 2]}', None), "the vector has 2 numbers"),
             "no numbers": ((b"words", b'{"vector": ["a"]}', None), "it must be a list of 8 numbers"),
         }
