@@ -6,7 +6,6 @@ Everything here runs on the worker's event loop, except what is said to run in a
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -95,17 +94,16 @@ class Replica:
         """Apply one header and account for its offsets; None if `epoch` is older than what this worker knows."""
         if epoch < self._fence:
             return None
-        # On copies: should the store refuse the batch, its offsets have not been applied.
-        marks = {partition: copy.deepcopy(self._watermarks.get(partition) or Watermark()) for partition in ranges}
-        for partition, (low, high) in ranges.items():
-            marks[partition].add(low, high)
-        stamp = self.watermarks | {partition: mark.value for partition, mark in marks.items()}
+        marks = {partition: self._watermarks.setdefault(partition, Watermark()) for partition in ranges}
+        stamp = self.watermarks | {partition: marks[partition].after(*span) for partition, span in ranges.items()}
         if batch is None or not len(batch):
             self.store.stamp(stamp)
             applied = Applied(0, 0, 0, ())
         else:
             applied = self.store.apply(batch, stamp)
-        self._watermarks |= marks
+        # Not before: should the store refuse the batch, its offsets have not been applied.
+        for partition, span in ranges.items():
+            marks[partition].add(*span)
         self._fence = epoch
         # A sender with a newer state than ours may already be moving rows.
         if epoch == self.state.epoch and not self.state.moving:

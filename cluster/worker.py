@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +76,7 @@ class WorkerNode(WorkerPlugin):
         self.backend: Backend = resolve(self._backend_name)
         self.replicas: dict[str, Replica] = {}
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="headrace-read")
-        self._builders = ThreadPoolExecutor(1, thread_name_prefix="headrace-build")
+        self._builders = ThreadPoolExecutor(1, thread_name_prefix="headrace-build", initializer=_step_back)
         self._building: set[str] = set()
         self._scans: dict[str, Any] = {}
         worker.handlers.update({f"headrace_{op}": answering(getattr(self, f"on_{op}")) for op in self.calls})
@@ -337,6 +339,12 @@ class WorkerNode(WorkerPlugin):
 
         centroids, rows = await asyncio.get_running_loop().run_in_executor(self._builders, train)
         return {"centroids": floats_to_wire(centroids), "rows": rows}
+
+
+def _step_back() -> None:
+    """Let this thread use only the processor time that applies and searches leave (Linux counts niceness by thread)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _header_of_rows(rows: Sequence[StoredRow], state: CollectionState, backend: Backend) -> Header:

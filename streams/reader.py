@@ -23,6 +23,8 @@ __all__ = ["Reader", "ReaderSettings"]
 
 log = logging.getLogger("headrace.streams")
 
+_LOOK_AT_ENDS = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class ReaderSettings:
@@ -84,6 +86,7 @@ class Reader:
         self._orders: queue.SimpleQueue[Callable[[Consumer], None]] = queue.SimpleQueue()
         self._next: dict[int, int] = {}
         self._ends: dict[int, int] = {}
+        self._ends_at = 0.0
         self._gaps: dict[int, int] = {}
         self._has_gaps: set[int] = set()
         self._room = threading.Condition()
@@ -225,12 +228,19 @@ class Reader:
             ranges[tp] = (ranges[tp][0] if tp in ranges else expected, offset + 1)
             self._next[tp] = offset + 1
             usable.append(message)
+        self._look_at_ends(consumer, pulled)
+        if ranges:
+            self._give(usable, ranges, pulled)
+
+    def _look_at_ends(self, consumer: Consumer, now: float) -> None:
+        """What the last fetch told of the log's ends; asks nobody."""
+        if now - self._ends_at < _LOOK_AT_ENDS:
+            return
+        self._ends_at = now
         for tp in self._next:
             low, high = consumer.get_watermark_offsets(TopicPartition(self.topic, tp), cached=True)
             if high >= 0 and low <= high:
                 self._ends[tp] = high
-        if ranges:
-            self._give(usable, ranges, pulled)
 
     def _give(self, messages: list[Message], ranges: dict[int, tuple[int, int]], pulled: float) -> None:
         count = len(messages)

@@ -49,10 +49,15 @@ class Intervals:
         at = bisect_right(self._lows, low) - 1
         return at >= 0 and self._highs[at] >= high
 
-    def take_below(self, number: int) -> int:
-        """Forget all that begins at or below `number`; return where that stretch ends, which is at least `number`."""
+    def reach(self, number: int) -> int:
+        """Where the stretch that ``number`` is joined to ends (at least `number`)."""
         last = bisect_right(self._lows, number)
-        end = max(number, self._highs[last - 1]) if last else number
+        return max(number, self._highs[last - 1]) if last else number
+
+    def take_below(self, number: int) -> int:
+        """Forget everything that is joined to ``number`` from below, and return what `reach` does."""
+        last = bisect_right(self._lows, number)
+        end = self.reach(number)
         del self._lows[:last]
         del self._highs[:last]
         return end
@@ -104,6 +109,10 @@ class Watermark:
             self._above.add(low, high)
         elif high > self._value:
             self._value = self._above.take_below(high) if len(self._above) else high
+
+    def after(self, low: int, high: int) -> int:
+        """What `value` would be once ``[low, high)`` were added."""
+        return self._value if low > self._value or high <= self._value else self._above.reach(high)
 
     def covers(self, low: int, high: int) -> bool:
         """True if every offset of ``[low, high)`` has been applied."""
