@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,6 +50,7 @@ class IngestSettings:
 
     reader: ReaderSettings = field(default_factory=ReaderSettings)
     max_texts: int = 16
+    texts_in_flight: int = 2
     max_record_bytes: int = 1 << 20
     apply_deadline: float = 2.0
     retry_delay: float = 0.05
@@ -151,11 +152,14 @@ class Ingest:
         self.stages = {stage: Histogram() for stage in STAGES}
         self._rate = _Rate()
         name = replica.state.spec.name
+        reader = settings.reader
+        if encode is not None:
+            reader = replace(reader, batches_in_flight=settings.texts_in_flight)
         self.source = from_kafka_log(
             source.bootstrap,
             source.topic,
             f"headrace-{name}",
-            settings=settings.reader,
+            settings=reader,
             alarm=self._alarm,
             refuse=self._refuse,
             retry_delay=settings.retry_delay,
@@ -163,12 +167,11 @@ class Ingest:
         )
         if encode is not None:
             self.source.reader.max_batch = settings.max_texts
-        parallel = settings.reader.batches_in_flight
         self.graph = (
             self.source.map(MicroBatch)
             .stage(self._decode, parallelism=1)
             .stage(self._to_vectors, parallelism=1)
-            .stage(self._apply, parallelism=parallel)
+            .stage(self._apply, parallelism=reader.batches_in_flight)
             .sink(self._account)
         )
 

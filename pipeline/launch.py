@@ -81,6 +81,7 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
     ingest = IngestSettings(
         reader=reader,
         max_texts=config.get("ingest.max-texts"),
+        texts_in_flight=config.get("ingest.texts-in-flight"),
         max_record_bytes=config.get("ingest.max-record-bytes"),
         apply_deadline=config.get("ingest.apply-deadline"),
         retry_delay=config.get("ingest.retry-delay"),

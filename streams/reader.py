@@ -44,7 +44,7 @@ class ReaderSettings:
     """
 
     max_batch: int = 256
-    batches_in_flight: int = 4
+    batches_in_flight: int = 1
     max_bytes_in_flight: int = 64 << 20
     fetch_wait: float = 0.005
     poll: float = 0.1

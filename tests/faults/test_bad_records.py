@@ -108,8 +108,8 @@ class Bench:
             assert (record[1] or b"").startswith(letter.value or b"")
         self.send(good("after", 2))
         self.visible(["after"])
-        assert sorted(row.id for row in self.collection.scan()) == ["after", "before"]
         assert self.collection.verify().ok
+        assert sorted(row.id for row in self.collection.scan()) == ["after", "before"]
 
     def close(self) -> None:
         self._producer.close()
@@ -156,6 +156,7 @@ def test_a_delete_as_the_last_record(bench: Bench, value: bytes | None) -> None:
     took = 1e3 * (time.monotonic() - started)
     log.info("a delete as the last record visible after %.1f ms", took)
     assert took < 2000
+    assert bench.collection.verify().ok
     assert [row.id for row in bench.collection.scan()] == ["kept"]
     assert bench.counted(0) == {"records": 2, "deletes": 1, "dead_letters": 0}
     bench.db.drop_collection(bench.name)
@@ -269,13 +270,13 @@ def test_schema_drift(bench: Bench) -> None:
     for letter, (what, (record, column)) in zip(letters, drifted.items(), strict=True):
         assert column in letter.reason, f"{what}: {letter.reason}"
         assert letter.key == record[0]
+    assert bench.collection.verify().ok
     found = {row.id: row.attributes for row in bench.collection.scan()}
     assert sorted(found) == ["first", "missing field", "new field", "null", "widened"]
     assert found["new field"]["extra"] == "new"
     assert found["widened"]["real"] == 2.0
     schema = bench.collection.status()["schema"]
     assert schema == {"whole": "int", "real": "float", "word": "str", "yes": "bool", "extra": "str"}
-    assert bench.collection.verify().ok
 
 
 def test_an_id_of_another_type(db: Database, broker: EmbeddedBroker, topic: str) -> None:
@@ -286,6 +287,7 @@ def test_an_id_of_another_type(db: Database, broker: EmbeddedBroker, topic: str)
     assert bench.counted(3) == {"records": 2, "deletes": 0, "dead_letters": 3}
     assert [letter.offset for letter in bench.letters()] == offsets[1:4]
     assert all("as this collection's ids are" in letter.reason for letter in bench.letters())
+    assert bench.collection.verify().ok
     assert sorted(row.id for row in bench.collection.scan()) == [-2, 1]
     bench.close()
 

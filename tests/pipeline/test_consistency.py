@@ -1,4 +1,4 @@
-"""What each level of consistency promises: what it waits for, what it does not, and what it says after waiting in vain."""
+"""What each level of consistency promises: what it waits for, what it does not, and what a wait in vain says."""
 
 from __future__ import annotations
 
@@ -192,6 +192,7 @@ def test_every_level_keeps_its_promise_under_load(collection: Collection, other:
     assert not errors, errors
     reader.get(["first"], consistency="strong")
     recorder.note(Produced("first", *_place(collection, "first"), 0, sent_at=0.0, acked_at=0.0, client="before"))
+    assert collection.verify().ok
     recorder.final_state(collection, replicas=2)
     report = check_all(recorder.history(), freshness_ms=None, required=("I1", "I2", "I3", "I5", "promise"))
     assert report.ok, str(report)

@@ -135,7 +135,7 @@ class TestRecords:
         written = collection.upsert([row(row_id, number) for number, row_id in enumerate(ids)], wait="searchable")
         assert sorted(row_id for row_id, _, _ in written.acks) == sorted(ids)  # type: ignore[type-var]
         assert [found and found.id for found in collection.get(ids)] == ids
-        collection.delete([-5])
+        collection.delete([-5], wait="searchable")
         assert sorted(found.id for found in collection.scan()) == sorted(set(ids) - {-5})  # type: ignore[type-var]
         assert collection.search(vector(2), limit=1)[0].id == 1 << 40
         with pytest.raises(RecordError, match="'word' is no integer"):
@@ -253,8 +253,8 @@ class TestErrors:
         with pytest.raises(CollectionNotFound) as not_found:
             db.collection("nothing")
         assert topic in sentence(not_found), "what there is should be told"
+        broker.create_topic(f"{topic}-other", 2)
         with pytest.raises(CollectionError) as other_topic:
-            broker.create_topic(f"{topic}-other", 2)
             collection.ingest(broker.bootstrap, f"{topic}-other")
         assert "reads topic" in sentence(other_topic)
         collection.ingest(broker.bootstrap)
@@ -368,7 +368,7 @@ async def test_asynchronous(broker: EmbeddedBroker, topic: str) -> None:
         hits = await collection.search(vector(3), limit=1)
         assert isinstance(hits, headrace.Hits)
         assert hits[0].id == "r3"
-        await collection.delete(["r3"])
+        await collection.delete(["r3"], wait="searchable")
         assert await collection.count() == 19
         assert sorted([str(found.id) async for found in collection.scan()]) == sorted(
             f"r{number}" for number in range(20) if number != 3
@@ -383,7 +383,7 @@ async def test_asynchronous(broker: EmbeddedBroker, topic: str) -> None:
 
 
 class Clustered:
-    """Vectors in clusters, written by a thread of their own until it is told to stop; one id in eight is deleted later."""
+    """Vectors in clusters, written by a thread of its own until it is told to stop; one id in eight is deleted."""
 
     def __init__(self, collection: Any, *, dim: int = DIM, clusters: int = 8) -> None:
         self._collection = collection
@@ -456,7 +456,7 @@ def read_until(recorded: Any, clustered: Clustered, condition: Callable[[], bool
 
 
 def test_a_codebook_is_adopted_and_a_worker_joins_under_writes(broker: EmbeddedBroker, topic: str) -> None:
-    """Rows move twice, to new cells and to a new worker, while they are written, deleted and read: none is ever missed."""
+    """Rows move to new cells and to a new worker while they are written, deleted and read: none is ever missed."""
     options = {"headrace.codebook.min-rows": 300, "headrace.codebook.iterations": 5}
     with dask.config.set(options), headrace.connect(workers=3, backend="host") as db:
         collection = db.create_collection(topic, dim=DIM, cells=8, replicas=2)
@@ -479,13 +479,13 @@ def test_a_codebook_is_adopted_and_a_worker_joins_under_writes(broker: EmbeddedB
             read_until(recorded, clustered, joined)
             read_until(recorded, clustered, lambda: len(clustered.live) > 1500)
         collection.count(consistency="strong")
+        verification = collection.verify()
+        assert (verification.ok, verification.copies) == (True, 16), verification.differences
         status = collection.status()
         assert (status["state"], status["codebook"], status["cells"]) == ("healthy", 1, 8)
         assert {len(holders) for holders in status["placement"].values()} == {2}
         assert len(status["placement"]) == 8
         (late,) = set(db.workers) - seen
-        verification = collection.verify()
-        assert (verification.ok, verification.copies) == (True, 16), verification.differences
         rows = {str(found.id): found for found in collection.scan()}
         assert rows.keys() == clustered.live.keys()
         assert collection.count() == len(rows)
