@@ -52,8 +52,18 @@ class CoordinatorSettings:
 class Coordinator:
     """Keeps one collection's state in line with the workers there are. Everything runs on one event loop."""
 
-    def __init__(self, spec: CollectionSpec, call: Call, settings: CoordinatorSettings | None = None) -> None:
+    def __init__(
+        self,
+        spec: CollectionSpec,
+        call: Call,
+        settings: CoordinatorSettings | None = None,
+        *,
+        after: CollectionState | None = None,
+    ) -> None:
         self.state = CollectionState(spec=spec, codebook=first_codebook(spec.dim))
+        if after is not None:
+            # A collection of this name was dropped: what is still under way for it must not be taken for this one's.
+            self.state = self.state.with_(epoch=after.epoch, incarnation=after.incarnation + 1)
         self._call, self._settings = call, settings or CoordinatorSettings()
         self._live: set[str] = set()
         self._suspects: dict[str, str] = {}

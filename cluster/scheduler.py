@@ -10,7 +10,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from headrace.cluster.calls import answering, call
 from headrace.cluster.coordinator import Coordinator, CoordinatorSettings
-from headrace.cluster.state import CollectionSpec, Source
+from headrace.cluster.state import CollectionSpec, CollectionState, Source
 from headrace.gpu.errors import ClusterError, CollectionExists, CollectionNotFound
 
 __all__ = ["HeadraceScheduler"]
@@ -25,6 +25,7 @@ class HeadraceScheduler(SchedulerPlugin):
     def __init__(self, settings: CoordinatorSettings | None = None) -> None:
         self._settings = settings or CoordinatorSettings()
         self._coordinators: dict[str, Coordinator] = {}
+        self._dropped: dict[str, CollectionState] = {}
         self._ready: dict[str, str] = {}
         self._pids: dict[str, int] = {}
 
@@ -81,7 +82,7 @@ class HeadraceScheduler(SchedulerPlugin):
             )
         if not self._ready:
             raise ClusterError("no worker is ready to hold a collection; start workers and try again")
-        coordinator = Coordinator(wanted, self._call, self._settings)
+        coordinator = Coordinator(wanted, self._call, self._settings, after=self._dropped.pop(wanted.name, None))
         self._coordinators[wanted.name] = coordinator
         coordinator.start(set(self._ready))
         await asyncio.wait_for(coordinator.ready.wait(), 30.0)
@@ -91,6 +92,7 @@ class HeadraceScheduler(SchedulerPlugin):
         coordinator = self._coordinator(collection)
         del self._coordinators[collection]
         await coordinator.close()
+        self._dropped[collection] = coordinator.state
         calls = (self._call(worker, "drop", deadline=5.0, collection=collection) for worker in self._ready)
         await asyncio.gather(*calls, return_exceptions=True)
         return {}

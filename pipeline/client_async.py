@@ -241,6 +241,8 @@ class AsyncCollection:
     ) -> Hits | list[Hits]:
         if limit < 1:
             raise ConfigError(f"limit={limit} cannot be: ask for 1 or more")
+        if isinstance(query, list | tuple) and not query:
+            return []  # an empty batch
         deadline = config.get("search.deadline") if deadline is None else deadline
         until = time.monotonic() + deadline
         needed = asyncio.ensure_future(self._router.required(consistency, self._session, deadline))

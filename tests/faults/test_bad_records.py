@@ -80,6 +80,7 @@ class Bench:
 
     def digests(self) -> dict[str, Any]:
         """What each copy adds up to, without the offsets that it has applied."""
+        assert self.collection.verify().ok
         call = self.collection._async._call
         answers = {
             worker: self.db.dask.sync(call, worker, "digests", deadline=5.0, collection=self.name)
