@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
+import dask
 import numpy as np
 import numpy.typing as npt
 
@@ -48,6 +49,8 @@ class AsyncDatabase:
     def __init__(self, dask_client: Any, *, owns: Sequence[Any] = ()) -> None:
         self.dask = dask_client
         self._owns = owns
+        # Dask's client gives a worker as long as it gave the scheduler: a read would wait for one that is dead.
+        dask_client.rpc.timeout = dask.config.get("distributed.comm.timeouts.connect")
         self._open: dict[str, AsyncCollection] = {}
 
     @property

@@ -133,10 +133,10 @@ class TestRecords:
         collection = make(ids="integer")
         ids = [0, -5, 1 << 40, (1 << 63) - 1]
         written = collection.upsert([row(row_id, number) for number, row_id in enumerate(ids)], wait="searchable")
-        assert sorted(row_id for row_id, _, _ in written.acks) == sorted(ids)  # type: ignore[type-var]
+        assert sorted(row_id for row_id, _, _ in written.acks) == sorted(ids)
         assert [found and found.id for found in collection.get(ids)] == ids
         collection.delete([-5], wait="searchable")
-        assert sorted(found.id for found in collection.scan()) == sorted(set(ids) - {-5})  # type: ignore[type-var]
+        assert sorted(found.id for found in collection.scan()) == sorted(set(ids) - {-5})
         assert collection.search(vector(2), limit=1)[0].id == 1 << 40
         with pytest.raises(RecordError, match="'word' is no integer"):
             collection.upsert([row("word", 1)])
