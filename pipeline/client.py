@@ -346,7 +346,10 @@ class Collection:
         return self._sync(self._async.count, consistency=consistency, deadline=deadline)  # type: ignore[no-any-return]
 
     def scan(self, *, worker: str | None = None, vectors: bool = False) -> Iterator[Row]:
-        """All live rows, one copy of each cell; or every row that one `worker` (an address) holds."""
+        """All live rows, one copy of each cell; or every row that one `worker` (an address) holds.
+
+        Waits for nothing: rows are those of the moment the scan begins on each worker.
+        """
         rows = self._async.scan(worker=worker, vectors=vectors)
 
         async def chunk() -> list[Row]:

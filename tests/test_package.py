@@ -100,6 +100,9 @@ def test_folders_import_only_downward() -> None:
         allowed = FOLDERS[: FOLDERS.index(path.relative_to(ROOT).parts[0]) + 1]
         for line, name in imports(path):
             top, _, rest = name.partition(".")
+            # The topmost folder may use the public names; below it they would lead upwards.
+            if name == "headrace" and allowed == FOLDERS:
+                continue
             if top == "headrace" and rest.partition(".")[0] not in allowed:
                 upward.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
             if top in FOLDERS:

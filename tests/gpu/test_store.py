@@ -533,8 +533,9 @@ class TestNothingBlinks:
             write()
         run_together(1.5, write, read, lambda: finish(store))
         versions(store)
-        assert rounds["written"] > 200
-        assert rounds["read"] > 10
+        # That all of it happened at the same time, on however slow a machine.
+        assert rounds["written"] > 100
+        assert rounds["read"] > 1
         assert any(isinstance(part.segment, Sealed) for part in store.view.segments)
 
     def test_no_row_is_lost_when_a_segment_freezes_while_maintenance_looks(self, backend: Backend) -> None:
