@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ class HeadraceScheduler(SchedulerPlugin):
         return {"workers": len(self._ready)}
 
     async def create(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        wanted = CollectionSpec(**spec)
+        wanted = CollectionSpec(**{**spec, "uid": uuid.uuid4().hex})
         if wanted.name in self._coordinators:
             raise CollectionExists(
                 f"collection {wanted.name!r} exists already; open it with collection({wanted.name!r}) or drop it first"

@@ -35,6 +35,8 @@ class CollectionSpec:
     replicas : int
         Copies of every cell (fewer while there are fewer workers).
     ids : {"string", "integer"}
+    uid : str
+        Of this creation, given by the scheduler: a name that was dropped and made anew is another collection.
     """
 
     name: str
@@ -44,6 +46,7 @@ class CollectionSpec:
     cells: int = 64
     replicas: int = 2
     ids: str = "string"
+    uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)

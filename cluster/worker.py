@@ -68,13 +68,13 @@ class WorkerNode(WorkerPlugin):
     ) -> None:
         self._backend_name, self._store_settings = backend, store or StoreSettings()
         self.apply_deadline = apply_deadline
+        self.replicas: dict[str, Replica] = {}
 
     async def setup(self, worker: Any) -> None:
         self.worker = worker
         self.address: str = worker.address
         self.instance = uuid.uuid4().hex
         self.backend: Backend = resolve(self._backend_name)
-        self.replicas: dict[str, Replica] = {}
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="headrace-read")
         self._builders = ThreadPoolExecutor(1, thread_name_prefix="headrace-build", initializer=_step_back)
         self._building: set[str] = set()

@@ -303,6 +303,7 @@ class Store:
     def search(self, queries: npt.NDArray[np.float32], k: int) -> Found:
         """The `k` nearest live rows for each query, float32 (q, dim), over all segments of one view."""
         view = self._view
+        k = min(k, max(1, view.rows))
         device = self._backend.xp.asarray(queries)
         parts = [part for part in view.segments if part.alive.any()]
         if not parts or not len(queries):

@@ -86,7 +86,9 @@ def produce(
             if not line.strip():
                 continue
             try:
-                waiting.append(_record(line, id_field, binary, delete))
+                record = _record(line, id_field, binary, delete)
+                producer.check_size(*record)
+                waiting.append(record)
             except RecordError as error:
                 counts["refused"] += 1
                 click.echo(f"headrace: line {number} was refused: {error}", err=True)

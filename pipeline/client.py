@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from headrace.cluster.state import CollectionSpec
-from headrace.gpu.errors import ClusterError
+from headrace.gpu.errors import BackendError, ClusterError
 from headrace.pipeline import config
 from headrace.pipeline.client_async import AsyncCollection, AsyncDatabase
 from headrace.pipeline.launch import cluster_options, plugins_from_config
@@ -62,6 +62,8 @@ def connect(
 
     config.check()
     config.apply_dask_defaults()
+    if backend not in (None, "auto", "host", "rapids"):
+        raise BackendError(f"unknown backend {backend!r}: use 'auto', 'host' or 'rapids'")
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
@@ -80,8 +82,13 @@ def connect(
             thing.close()
         raise _no_scheduler(address, error) from error
     scheduler_plugin, worker_plugin = plugins_from_config(workers if owns else 1, backend)
-    dask_client.register_plugin(scheduler_plugin)
-    dask_client.register_plugin(worker_plugin)
+    try:
+        dask_client.register_plugin(scheduler_plugin)
+        dask_client.register_plugin(worker_plugin)
+    except BaseException:
+        for thing in (dask_client, *owns):
+            thing.close()
+        raise
     return Database(AsyncDatabase(dask_client), owns)
 
 
@@ -101,6 +108,8 @@ async def connect_async(
 
     config.check()
     config.apply_dask_defaults()
+    if backend not in (None, "auto", "host", "rapids"):
+        raise BackendError(f"unknown backend {backend!r}: use 'auto', 'host' or 'rapids'")
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
@@ -118,8 +127,13 @@ async def connect_async(
             await thing.close()
         raise _no_scheduler(address, error) from error
     scheduler_plugin, worker_plugin = plugins_from_config(workers if owns else 1, backend)
-    await dask_client.register_plugin(scheduler_plugin)
-    await dask_client.register_plugin(worker_plugin)
+    try:
+        await dask_client.register_plugin(scheduler_plugin)
+        await dask_client.register_plugin(worker_plugin)
+    except BaseException:
+        for thing in (dask_client, *owns):
+            await thing.close()
+        raise
     return AsyncDatabase(dask_client, owns=owns)
 
 

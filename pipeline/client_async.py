@@ -25,7 +25,14 @@ from headrace.cluster.wire import (
     rows_from_wire,
 )
 from headrace.gpu.backend import METRICS
-from headrace.gpu.errors import ClusterError, CollectionError, ConfigError, HeadraceError, RecordError
+from headrace.gpu.errors import (
+    ClusterError,
+    CollectionError,
+    CollectionNotFound,
+    ConfigError,
+    HeadraceError,
+    RecordError,
+)
 from headrace.gpu.store import StoredRow
 from headrace.pipeline import config
 from headrace.pipeline.encoders import describe
@@ -92,6 +99,12 @@ class AsyncDatabase:
 
     async def collection(self, name: str) -> AsyncCollection:
         """Open a collection that exists; raises `CollectionNotFound`."""
+        if opened := self._open.get(name):
+            try:
+                await opened.still_there()
+            except CollectionNotFound:
+                del self._open[name]
+                await opened.close()
         if name not in self._open:
             router = Router(name, self.call, self.address)
             state = await router.state(newest=True)
@@ -109,6 +122,7 @@ class AsyncDatabase:
         """Forget a collection and its rows; the topic in Kafka stays as it is."""
         await self._scheduler("drop", collection=name)
         if opened := self._open.pop(name, None):
+            opened.look_again()
             await opened.close()
 
     async def status(self) -> dict[str, Any]:
@@ -204,6 +218,7 @@ class AsyncCollection:
         until = time.monotonic() + deadline
         if not records:
             return Write({}, 0, ())
+        await self._router.state()  # at most a second old: nothing is written for a collection that was dropped
         producer = await self._producer_of_topic(deadline)
         delivered = await asyncio.to_thread(producer.write, records, deadline)
         for tp, offset in delivered.offsets.items():
@@ -242,8 +257,8 @@ class AsyncCollection:
         consistency: Consistency = "session",
         deadline: float | None = None,
     ) -> Hits | list[Hits]:
-        if limit < 1:
-            raise ConfigError(f"limit={limit} cannot be: ask for 1 or more")
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit < 1 << 31:
+            raise ConfigError(f"limit={limit!r} cannot be: ask for a whole number, 1 or more")
         if isinstance(query, list | tuple) and not query:
             return []  # an empty batch
         deadline = config.get("search.deadline") if deadline is None else deadline
@@ -367,6 +382,14 @@ class AsyncCollection:
                 if cursor is None:
                     break
 
+    async def still_there(self) -> None:
+        """Raise `CollectionNotFound` if the collection was dropped, or another was made under its name."""
+        await self._router.state(newest=True)
+
+    def look_again(self) -> None:
+        """Believe nothing that was known of the collection's state."""
+        self._router.forget()
+
     # -- looking after it ----------------------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
@@ -436,8 +459,11 @@ def make_spec(
         dim = info.dim
     cells = config.get("cells") if cells is None else cells
     replicas = config.get("replicas") if replicas is None else replicas
-    if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+    if not name or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"collection name {name!r} cannot be: use letters, digits, '.', '-' and '_'")
+    for what, number in (("dim", dim), ("cells", cells), ("replicas", replicas)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ConfigError(f"{what}={number!r} cannot be: give a whole number")
     if dim is None or not 1 <= dim <= 65_536:
         raise ConfigError(f"dim={dim} cannot be: give the vectors' length (1 to 65536), or an encoder")
     if metric not in METRICS:

@@ -69,12 +69,22 @@ class Router:
                     raise
                 return self._state  # reads go on while the scheduler is away
             if answer["state"] is not None:
-                self._state = CollectionState.from_wire(answer["state"])
+                new = CollectionState.from_wire(answer["state"])
+                if self._state is not None and new.spec.uid != self._state.spec.uid:
+                    raise CollectionNotFound(
+                        f"collection {self.name!r} was dropped and another was made under its name: open it again with "
+                        f"collection({self.name!r})"
+                    )
+                self._state = new
             assert self._state is not None
             self._state = self._state.with_(schema=dict(answer["schema"]), alarms=tuple(answer["alarms"]))
             self._state_at = time.monotonic()
         assert self._state is not None
         return self._state
+
+    def forget(self) -> None:
+        """Look at the scheduler's state again before anything else is done."""
+        self._state_at = float("-inf")
 
     async def required(self, consistency: Consistency, session: Mapping[int, int], deadline: float) -> dict[int, int]:
         """The offsets that a read of this consistency must have applied."""

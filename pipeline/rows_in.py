@@ -60,7 +60,12 @@ def _record(position: int, row: Mapping[str, Any], spec: CollectionSpec) -> Reco
     attributes = {name: value for name, value in given.items() if value is not None}
     vector = row.get("vector")
     if vector is not None and not (isinstance(vector, float) and np.isnan(vector)):
-        length = np.shape(vector)
+        try:
+            length = np.shape(vector)
+        except ValueError as error:
+            raise RecordError(
+                f"row {position} (id {row['id']!r}): its vector is not made of numbers: {error}"
+            ) from error
         if length != (spec.dim,):
             raise RecordError(
                 f"row {position} (id {row['id']!r}): its vector has shape {length}, collection {spec.name!r} holds "

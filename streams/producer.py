@@ -126,7 +126,7 @@ class RecordProducer:
         ProduceError
             The queue stays full, because the broker is away or slow.
         """
-        self._check_size(key, value, headers)
+        self.check_size(key, value, headers)
         with self._swap:  # counted before a flush can take the list away
             flight = self._sent
             flight.begin()
@@ -172,7 +172,7 @@ class RecordProducer:
         flight = Flight()
         rows = list(records)
         for record in rows:
-            self._check_size(*record)
+            self.check_size(*record)
         for record in rows:
             flight.begin()
             self._send(flight, *record)
@@ -193,7 +193,8 @@ class RecordProducer:
     ) -> None:
         self.close()
 
-    def _check_size(self, key: bytes | None, value: bytes | None, headers: Headers | None) -> None:
+    def check_size(self, key: bytes | None, value: bytes | None, headers: Headers | None) -> None:
+        """Raise `RecordError` for a record that is larger than may be sent."""
         size = len(key or b"") + len(value or b"")
         size += sum(len(name) + len(content or b"") for name, content in headers or ())
         if size > self._max_bytes:
