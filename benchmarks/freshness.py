@@ -260,7 +260,7 @@ def _floor(load: Load, warmup: float) -> tuple[dict[str, float | None], float]:
             "bootstrap.servers": load.bootstrap,
             "group.id": load.topic,
             "enable.auto.commit": "false",
-            "fetch.wait.max.ms": "5",
+            "fetch.wait.max.ms": "3",
             "fetch.queue.backoff.ms": "1",
         },
         logger=KafkaLog(),

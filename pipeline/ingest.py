@@ -154,7 +154,8 @@ class Ingest:
         name = replica.state.spec.name
         reader = settings.reader
         if encode is not None:
-            reader = replace(reader, batches_in_flight=settings.texts_in_flight)
+            # While one batch is encoded others may be applied, but what arrives meanwhile is encoded together.
+            reader = replace(reader, batches_in_flight=settings.texts_in_flight, batches_not_passed=1)
         self.source = from_kafka_log(
             source.bootstrap,
             source.topic,
@@ -297,6 +298,7 @@ class Ingest:
                     )
                 vectors[texts] = encoded
             batch.vectors = vectors[keeps]
+        self.source.reader.passed(batch.raw)
         return batch
 
     async def _apply(self, batch: MicroBatch) -> MicroBatch:

@@ -37,6 +37,9 @@ class ReaderSettings:
     batches_in_flight, max_bytes_in_flight : int
         Past either, nothing is taken from the consumer; its own queue fills, fetching stops, and the lag grows in
         Kafka.
+    batches_not_passed : int, optional
+        The same for batches that `Reader.passed` has not been called for. With 1, records that come in while a slow
+        step is at work make up one batch together, and that step is done once for all of them.
     fetch_wait, poll, commit_interval : float
         Seconds.
     kafka : dict of str to str
@@ -46,7 +49,8 @@ class ReaderSettings:
     max_batch: int = 256
     batches_in_flight: int = 1
     max_bytes_in_flight: int = 64 << 20
-    fetch_wait: float = 0.005
+    batches_not_passed: int | None = None
+    fetch_wait: float = 0.003
     poll: float = 0.1
     commit_interval: float = 0.2
     kafka: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +71,7 @@ class Reader:
 
     Notes
     -----
-    `assign`, `commit`, `finished`, `lag` and `stop` may be called from any thread.
+    `assign`, `commit`, `passed`, `finished`, `ends` and `stop` may be called from any thread.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Reader:
         self._has_gaps: set[int] = set()
         self._room = threading.Condition()
         self._batches = self._bytes = 0
+        self._not_passed: set[int] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"headrace-read-{topic}", daemon=True)
 
@@ -121,9 +126,16 @@ class Reader:
         done = dict(offsets)
         self._orders.put(lambda _: self._uncommitted.update(done))
 
+    def passed(self, batch: RawBatch) -> None:
+        """A batch is through the slow step (see `ReaderSettings.batches_not_passed`); again means nothing."""
+        with self._room:
+            self._not_passed.discard(id(batch))
+            self._room.notify_all()
+
     def finished(self, batch: RawBatch) -> None:
         """A batch handed over has been dealt with: there is room for another."""
         with self._room:
+            self._not_passed.discard(id(batch))
             self._batches -= 1
             self._bytes -= _size(batch)
             self._room.notify_all()
@@ -186,7 +198,12 @@ class Reader:
             return not self._full()
 
     def _full(self) -> bool:
-        return self._batches >= self.settings.batches_in_flight or self._bytes >= self.settings.max_bytes_in_flight
+        settings = self.settings
+        return (
+            self._batches >= settings.batches_in_flight
+            or self._bytes >= settings.max_bytes_in_flight
+            or (settings.batches_not_passed is not None and len(self._not_passed) >= settings.batches_not_passed)
+        )
 
     def _commit(self, consumer: Consumer, *, asynchronous: bool) -> None:
         if not self._uncommitted:
@@ -258,6 +275,7 @@ class Reader:
         with self._room:
             self._batches += 1
             self._bytes += _size(batch)
+            self._not_passed.add(id(batch))
         self._hand_over(batch)
 
     def _ask_again(self, consumer: Consumer, tp: int, expected: int, offset: int) -> bool:
