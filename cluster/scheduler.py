@@ -99,10 +99,13 @@ class HeadraceScheduler(SchedulerPlugin):
         return {}
 
     async def shutdown(self) -> dict[str, Any]:
-        """The cluster is about to end: workers that leave now are not missed."""
+        """The cluster is about to end: workers stop reading, and those that leave now are not missed."""
+        names = list(self._coordinators)
         for coordinator in self._coordinators.values():
             await coordinator.close()
         self._coordinators.clear()
+        calls = (self._call(worker, "drop", deadline=3.0, collection=name) for worker in self._ready for name in names)
+        await asyncio.gather(*calls, return_exceptions=True)
         return {}
 
     async def collections(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _show(state: Mapping[str, Any]) -> None:
         "codebook": state["codebook"],
         **{each: taken[each] for each in ("records", "deletes", "dead_letters", "lag") if each in taken},
         "freshness": ", ".join(
-            f"{each} {freshness[each]:.0f} ms" for each in ("p50", "p95", "p99") if each in freshness
+            f"{each} {freshness[each]:.0f} ms" for each in ("p50", "p95", "p99") if freshness.get("count")
         ),
     }
     table(state["name"], ["", "collection"], [(key, value) for key, value in facts.items() if value != ""])

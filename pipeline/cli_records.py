@@ -65,14 +65,15 @@ def produce(
       headrace produce docs - --id-field sku --create-partitions 8 < products.jsonl
       headrace produce docs gone.jsonl --delete
     """
+    from headrace.pipeline import config
     from headrace.streams.producer import RecordProducer
 
     if create_partitions:
         _create_topic(broker, topic, create_partitions)
-    began = time.monotonic()
+    began, settings = time.monotonic(), config.kafka_settings()
     counts = {"written": 0, "refused": 0}
     offsets: dict[int, int] = {}
-    with RecordProducer(broker, topic, profile=profile) as producer, _progress(file) as advance:
+    with RecordProducer(broker, topic, profile=profile, settings=settings) as producer, _progress(file) as advance:
         waiting: list[Written] = []
 
         def send() -> None:
@@ -199,13 +200,15 @@ def _create_topic(broker: str, topic: str, partitions: int) -> None:
     # The same class by its public name; the stubs know it only under this one.
     from confluent_kafka.cimpl import NewTopic
 
+    from headrace.pipeline import config
     from headrace.streams.clients import COMMON_SETTINGS, KafkaLog
     from headrace.streams.topics import topic_partitions
 
+    settings = config.kafka_settings()
     try:
-        there = topic_partitions(broker, topic)
+        there = topic_partitions(broker, topic, settings=settings)
     except TopicError:
-        admin = AdminClient({**COMMON_SETTINGS, "bootstrap.servers": broker}, logger=KafkaLog())
+        admin = AdminClient({**COMMON_SETTINGS, **settings, "bootstrap.servers": broker}, logger=KafkaLog())
         made = admin.create_topics([NewTopic(topic, num_partitions=partitions)], request_timeout=10.0)[topic]
         try:
             made.result()
@@ -244,9 +247,10 @@ class _progress:
 
 def _wait(collection: Collection, broker: str, topic: str) -> None:
     """Until every copy has applied what Kafka holds now; the lag alone could be 0 before anybody has looked."""
+    from headrace.pipeline import config
     from headrace.streams.topics import Offsets
 
-    asked = Offsets(broker, topic)
+    asked = Offsets(broker, topic, settings=config.kafka_settings())
     low, high = asked.earliest(), asked.latest()
     wanted = {place: (low[place], end) for place, end in high.items() if end > low[place]}
     total = sum(end - start for start, end in wanted.values())

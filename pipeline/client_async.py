@@ -35,6 +35,7 @@ from headrace.gpu.errors import (
 )
 from headrace.gpu.store import StoredRow
 from headrace.pipeline import config
+from headrace.pipeline.arguments import check_ids, seconds
 from headrace.pipeline.encoders import describe
 from headrace.pipeline.reads import Router
 from headrace.pipeline.results import Consistency, Hit, Hits, Row, Rows, Verification, Write
@@ -168,11 +169,13 @@ class AsyncCollection:
 
     async def ingest(self, bootstrap: str, topic: str | None = None, *, format: str = "json") -> None:
         topic = topic or self.name
+        if not isinstance(bootstrap, str) or not bootstrap.strip():
+            raise ConfigError(f"bootstrap={bootstrap!r} cannot be: give a broker's address, such as 'localhost:9092'")
         if format not in ("json", "binary"):
             raise ConfigError(f"record format {format!r} is not known: use 'json' or 'binary'")
 
         def look() -> tuple[int, dict[int, int]]:
-            offsets = Offsets(bootstrap, topic, settings=_kafka())
+            offsets = Offsets(bootstrap, topic, settings=config.kafka_settings())
             return offsets.partitions, offsets.earliest()
 
         partitions, origins = await asyncio.to_thread(look)
@@ -209,12 +212,12 @@ class AsyncCollection:
         return await self._write(upsert_records(frame, self.spec), wait, deadline)
 
     async def delete(self, ids: Iterable[str | int], *, wait: str | None = None, deadline: float = 10.0) -> Write:
-        given = [ids] if isinstance(ids, str | int) else ids
-        return await self._write(delete_records(given, self.spec), wait, deadline)
+        return await self._write(delete_records(ids, self.spec), wait, deadline)
 
     async def _write(self, records: list[Record], wait: str | None, deadline: float) -> Write:
         if wait not in (None, "searchable"):
             raise ConfigError(f"wait={wait!r} is not known: use 'searchable', or None to return on Kafka's word")
+        deadline = seconds("deadline", deadline, 10.0)
         until = time.monotonic() + deadline
         if not records:
             return Write({}, 0, ())
@@ -243,7 +246,7 @@ class AsyncCollection:
                         f"ingest('localhost:9092', topic='{self.name}') first"
                     )
                 self._producer = await asyncio.to_thread(
-                    RecordProducer, source.bootstrap, source.topic, settings=_kafka(), deadline=deadline
+                    RecordProducer, source.bootstrap, source.topic, settings=config.kafka_settings(), deadline=deadline
                 )
             return self._producer
 
@@ -261,7 +264,7 @@ class AsyncCollection:
             raise ConfigError(f"limit={limit!r} cannot be: ask for a whole number, 1 or more")
         if isinstance(query, list | tuple) and not query:
             return []  # an empty batch
-        deadline = config.get("search.deadline") if deadline is None else deadline
+        deadline = seconds("deadline", deadline, config.get("search.deadline"))
         until = time.monotonic() + deadline
         needed = asyncio.ensure_future(self._router.required(consistency, self._session, deadline))
         try:
@@ -295,7 +298,8 @@ class AsyncCollection:
             answer = await self._router.ask_any("encode", deadline, encoder=self.spec.encoder, texts=texts)
             return floats_from_wire(answer["vectors"]), single
         try:
-            vectors = np.asarray(query, dtype=np.float32)
+            with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+                vectors = np.asarray(query, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise RecordError(f"the query is neither a text nor a vector nor a list of either: {error}") from error
         single = vectors.ndim == 1
@@ -333,8 +337,8 @@ class AsyncCollection:
         consistency: Consistency = "session",
         deadline: float | None = None,
     ) -> Rows:
-        deadline = config.get("search.deadline") if deadline is None else deadline
-        wanted = [ids] if isinstance(ids, str | int) else list(ids)
+        deadline = seconds("deadline", deadline, config.get("search.deadline"))
+        wanted = check_ids(ids, self.spec.ids, self.name)
         required = await self._router.required(consistency, self._session, deadline)
         answers = await self._router.ask_cover("get", deadline, required, ids=wanted, vectors=vectors)
         rows: list[Row | None] = []
@@ -344,7 +348,7 @@ class AsyncCollection:
         return Rows(rows, _lowest(answers))
 
     async def count(self, *, consistency: Consistency = "session", deadline: float | None = None) -> int:
-        deadline = config.get("search.deadline") if deadline is None else deadline
+        deadline = seconds("deadline", deadline, config.get("search.deadline"))
         required = await self._router.required(consistency, self._session, deadline)
         answers = await self._router.ask_cover("count", deadline, required)
         sizes: dict[int, int] = {}
@@ -356,6 +360,10 @@ class AsyncCollection:
     async def scan(self, *, worker: str | None = None, vectors: bool = False) -> AsyncIterator[Row]:
         state = await self._router.state(newest=True)
         if worker is not None:
+            if worker not in state.members:
+                raise ClusterError(
+                    f"{worker!r} holds nothing of collection {self.name!r}; its workers are {', '.join(state.members)}"
+                )
             plan: dict[str, list[int] | None] = {worker: None}
         else:
             plan = {}
@@ -406,7 +414,7 @@ class AsyncCollection:
         return summarise(state, [w for w in workers if w], [i["ingest"] for i in ingests if i and i["ingest"]])
 
     async def verify(self, *, deadline: float = 10.0) -> Verification:
-        until = time.monotonic() + deadline
+        until = time.monotonic() + seconds("deadline", deadline, 10.0)
         while True:
             state = await self._router.state(newest=True)
             answers = dict(
@@ -506,7 +514,3 @@ def _lowest(answers: Iterable[Mapping[str, Any]]) -> dict[int, int]:
 
 def _row(row: StoredRow) -> Row:
     return Row(row.id, row.topic_partition, row.offset, row.timestamp, row.cell, row.attributes, row.vector)
-
-
-def _kafka() -> dict[str, str]:
-    return {name: str(value) for name, value in config.get("kafka").items()}

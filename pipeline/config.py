@@ -106,6 +106,11 @@ def check() -> None:
     _check_section("", dask.config.get("headrace"), _ROOT)
 
 
+def kafka_settings() -> dict[str, str]:
+    """The option ``headrace.kafka`` as librdkafka wants it: for every client that reads or writes a topic."""
+    return {name: str(value) for name, value in get("kafka").items()}
+
+
 def cache_dir() -> Path:
     """Where models are built once: the option ``cache-dir``, or ``headrace`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
     chosen = get("cache-dir")

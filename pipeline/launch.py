@@ -76,7 +76,7 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
         fetch_wait=config.get("ingest.fetch-wait"),
         poll=config.get("ingest.poll"),
         commit_interval=config.get("ingest.commit-interval"),
-        kafka={name: str(value) for name, value in config.get("kafka").items()},
+        kafka=config.kafka_settings(),
     )
     ingest = IngestSettings(
         reader=reader,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +32,11 @@ def bounded(staleness: float) -> Bounded:
     Raises
     ------
     ConfigError
-        `staleness` is negative.
+        `staleness` is no number, or negative.
     """
-    if staleness < 0:
-        raise ConfigError(f"a staleness of {staleness} ms cannot be: give 0 or more")
-    return Bounded(staleness)
+    if isinstance(staleness, bool) or not isinstance(staleness, Real) or not 0 <= staleness < math.inf:
+        raise ConfigError(f"a staleness of {staleness!r} ms cannot be: give a number, 0 or more")
+    return Bounded(float(staleness))
 
 
 Consistency = str | Bounded

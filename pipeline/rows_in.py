@@ -9,6 +9,8 @@ import numpy as np
 
 from headrace.cluster.state import CollectionSpec
 from headrace.gpu.errors import RecordError
+from headrace.pipeline.arguments import check_ids
+from headrace.streams.attributes import short
 from headrace.streams.encode import encode_binary, encode_json, encode_key
 
 __all__ = ["Record", "delete_records", "upsert_records"]
@@ -32,7 +34,7 @@ def upsert_records(frame: Any, spec: CollectionSpec) -> list[Record]:
 
 def delete_records(ids: Iterable[str | int], spec: CollectionSpec) -> list[Record]:
     """One tombstone for each id."""
-    return [(_key(position, row_id, spec), None, None) for position, row_id in enumerate(ids)]
+    return [(encode_key(row_id), None, None) for row_id in check_ids(ids, spec.ids, spec.name)]
 
 
 def _rows(frame: Any) -> Iterable[Mapping[str, Any]]:
@@ -40,7 +42,11 @@ def _rows(frame: Any) -> Iterable[Mapping[str, Any]]:
         frame = frame.to_pandas()
     if hasattr(frame, "to_dict") and hasattr(frame, "columns"):
         return frame.to_dict("records")  # type: ignore[no-any-return]
-    return [frame] if isinstance(frame, Mapping) else frame
+    if isinstance(frame, Mapping):
+        return [frame]
+    if not isinstance(frame, Iterable) or isinstance(frame, str | bytes):
+        raise RecordError(f"rows cannot be made of {short(frame)}: give a frame, or a list of dicts with 'id'")
+    return frame
 
 
 def _key(position: int, row_id: Any, spec: CollectionSpec) -> bytes:

@@ -102,8 +102,12 @@ class Reader:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, patience: float = 5.0) -> None:
-        """Commit what is known to be done, close the consumer and end the thread; waits at most `patience` seconds."""
+    def stop(self, patience: float = 2.0) -> None:
+        """Commit what is known to be done, close the consumer and end the thread.
+
+        Waits at most `patience` seconds, for a broker that is away would be waited for until Kafka's own deadlines; a
+        lost commit only means reading a little again.
+        """
         self._stopping.set()
         with self._room:
             self._room.notify_all()

@@ -17,7 +17,7 @@ from typing import Any
 from streamz import Stream
 from streamz.sources import Source
 
-from headrace.gpu.errors import HeadraceError
+from headrace.gpu.errors import CollectionNotFound, HeadraceError
 from headrace.streams.batches import RawBatch
 from headrace.streams.reader import Reader, ReaderSettings
 from headrace.streams.watermark import OffsetTracker
@@ -163,8 +163,11 @@ class from_kafka_log(Source):  # type: ignore[misc]
         unforeseen = 0
         while True:
             try:
-                await self.emit(batch, asynchronous=True)
+                # Not `emit`: Tornado would let the steps go on when this task is cancelled.
+                await asyncio.gather(*self._emit(batch))
                 return
+            except CollectionNotFound as error:
+                log.info("a batch of %d records is put by, this worker will hear why: %s", len(batch.keys), error)
             except HeadraceError as error:
                 log.warning("a batch of %d records is tried again: %s", len(batch.keys), error)
             except Exception as error:

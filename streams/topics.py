@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
-from headrace.gpu.errors import TopicError
+from headrace.gpu.errors import ConfigError, TopicError
 from headrace.streams.clients import COMMON_SETTINGS, KafkaLog, no_broker, retriable
 
 __all__ = ["Offsets", "topic_partitions"]
@@ -114,7 +114,10 @@ class Offsets:
 
 
 def _admin(bootstrap: str, settings: Mapping[str, str] | None) -> AdminClient:
-    return AdminClient({**COMMON_SETTINGS, **(settings or {}), "bootstrap.servers": bootstrap}, logger=KafkaLog())
+    try:
+        return AdminClient({**COMMON_SETTINGS, **(settings or {}), "bootstrap.servers": bootstrap}, logger=KafkaLog())
+    except KafkaException as failure:
+        raise ConfigError(f"librdkafka refuses these Kafka settings: {failure.args[0].str()}") from failure
 
 
 def _count(admin: AdminClient, bootstrap: str, topic: str, deadline: float, create: bool) -> int:

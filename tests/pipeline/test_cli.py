@@ -201,6 +201,28 @@ def test_bad_lines_are_told_by_number_and_the_others_go_on(
     assert sum(Offsets(broker.bootstrap, topic).latest().values()) == 2
 
 
+def test_a_line_too_large_for_kafka_is_refused_by_itself(
+    broker: EmbeddedBroker, topic: str, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = [{"id": "a", "text": "x"}, {"id": "b", "text": "x" * 1_100_000}, {"id": "c", "text": "y"}]
+    assert cli.main(["produce", topic, written(tmp_path / "f", *rows), "--broker", broker.bootstrap, "--json"]) == 1
+    captured = capsys.readouterr()
+    assert "line 2 was refused" in captured.err
+    assert "message.max.bytes" in captured.err
+    assert json.loads(captured.out)["written"] == 2
+
+
+def test_produce_and_create_partitions_use_the_kafka_settings(
+    broker: EmbeddedBroker, topic: str, tmp_path: Path, capsys: Capture
+) -> None:
+    file = written(tmp_path / "f", {"id": "a", "text": "x"})
+    arguments = ["produce", topic, file, "--broker", broker.bootstrap]
+    for more in ([], ["--create-partitions", "4"]):
+        with dask.config.set({"headrace.kafka": {"no.such.setting": 1}}):
+            assert cli.main([*arguments, *more]) == 1
+        assert "no.such.setting" in sentence(capsys)
+
+
 def test_records_from_lines() -> None:
     record = cli_records._record
     assert record(b'{"sku": 7, "text": "x", "n": 1}', "sku", False, False) == (b"7", b'{"text":"x","n":1}', None)
