@@ -34,9 +34,10 @@ def bounded(staleness: float) -> Bounded:
     ConfigError
         `staleness` is no number, or negative.
     """
-    if isinstance(staleness, bool) or not isinstance(staleness, Real) or not 0 <= staleness < math.inf:
-        raise ConfigError(f"a staleness of {staleness!r} ms cannot be: give a number, 0 or more")
-    return Bounded(float(staleness))
+    given: Any = staleness
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) < math.inf:
+        raise ConfigError(f"a staleness of {given!r} ms cannot be: give a number, 0 or more")
+    return Bounded(float(given))
 
 
 Consistency = str | Bounded
