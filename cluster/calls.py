@@ -45,7 +45,7 @@ async def call(pool: Any, address: str, op: str, /, *, deadline: float, **messag
         answer = await asyncio.wait_for(getattr(pool(address), f"headrace_{op}")(**message), deadline)
     except TimeoutError as error:
         raise ClusterError(f"{address} did not answer '{op}' within {deadline:g} s") from error
-    except OSError as error:  # includes distributed's CommClosedError
+    except (OSError, RuntimeError) as error:  # distributed's CommClosedError; a pool that is closed already
         raise ClusterError(f"{address} cannot be reached for '{op}': {error}") from error
     if answer is None:  # how a Dask server answers a call that it does not know
         raise ClusterError(f"{address} does not know the call '{op}': is Headrace running there?")

@@ -10,19 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.cluster import planning
 from headrace.cluster.calls import Call
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
+from headrace.cluster.watching import watch
 from headrace.cluster.wire import floats_from_wire, offsets_from_wire, offsets_to_wire
 from headrace.gpu.errors import ClusterError, CollectionError, HeadraceError, StaleEpoch, TopicError
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
 
 log = logging.getLogger("headrace.cluster")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,14 @@ class CoordinatorSettings:
         Seconds that one worker may take to send its rows on.
     tick : float
         Seconds between looks at what nobody announces: row counts, and workers that had stopped answering.
+    survey : float
+        Seconds between counts of all cells' rows, by which cells are spread evenly over the workers.
+    rebalance_rows : int
+        With fewer rows than this nothing is moved for the sake of balance.
+    watch : float
+        Seconds between questions to every worker whether it still answers.
+    silence : float
+        Seconds without an answer to that after which a worker leaves the placement.
     """
 
     min_rows: int = 4096
@@ -47,6 +59,10 @@ class CoordinatorSettings:
     publish_deadline: float = 5.0
     move_deadline: float = 600.0
     tick: float = 0.5
+    survey: float = 5.0
+    rebalance_rows: int = 20_000
+    watch: float = 1.0
+    silence: float = 2.0
 
 
 class Coordinator:
@@ -67,23 +83,30 @@ class Coordinator:
         self._call, self._settings = call, settings or CoordinatorSettings()
         self._live: set[str] = set()
         self._suspects: dict[str, str] = {}
+        self._leaving: set[str] = set()
+        self._rows: dict[int, int] = {}
+        self._surveyed = time.monotonic()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self.ready = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # -- events --------------------------------------------------------------------------------------------------------
 
     def start(self, live: set[str]) -> None:
         self._live = set(live)
-        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"headrace-{self.state.spec.name}")
+        loop, name = asyncio.get_running_loop(), self.state.spec.name
+        self._tasks = [
+            loop.create_task(self._run(), name=f"headrace-{name}"),
+            loop.create_task(self._watch(), name=f"headrace-watch-{name}"),
+        ]
         self._wake.set()
 
     async def close(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def worker_joined(self, address: str) -> None:
         self._suspects.pop(address, None)
@@ -92,7 +115,26 @@ class Coordinator:
 
     def worker_left(self, address: str) -> None:
         self._suspects.pop(address, None)
+        self._leaving.discard(address)
         self._live.discard(address)
+        self._wake.set()
+
+    def check_drain(self, address: str) -> None:
+        """Raise `ClusterError` if `address` cannot be emptied."""
+        name, members = self.state.spec.name, self.state.members
+        if address not in members:
+            raise ClusterError(f"{address!r} is no worker of collection {name!r}; they are {', '.join(members)}")
+        if set(members) <= self._leaving | {address}:
+            raise ClusterError(
+                f"{address} is the last worker that holds collection {name!r}: start another before this one is drained"
+            )
+
+    def drain(self, address: str, *, undo: bool = False) -> None:
+        """Have a worker's cells go to the others, or let it have some again; it goes on answering meanwhile."""
+        if undo:
+            self._leaving.discard(address)
+        else:
+            self._leaving.add(address)
         self._wake.set()
 
     def suspect(self, address: str, why: str) -> None:
@@ -180,10 +222,34 @@ class Coordinator:
             except Exception:
                 log.exception("collection %r: looking after it failed; trying again", self.state.spec.name)
 
+    async def _watch(self) -> None:
+        def ask(worker: str, seconds: float) -> Awaitable[Any]:
+            return self._call(worker, "watermarks", deadline=seconds, collection=self.state.spec.name)
+
+        every, patience = self._settings.watch, self._settings.silence
+        await watch(lambda: self.state.members, ask, self.suspect, every=every, patience=patience)
+
+    async def _unless_lost(self, work: Awaitable[T]) -> T:
+        """What `work` gives, which may take long; given up when a member is lost, for then writes wait for a change.
+
+        Raises
+        ------
+        ClusterError
+            A member is lost.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=self._settings.tick))[0]:
+                if lost := [a for a in self.state.members if a in self._suspects or a not in self._live]:
+                    raise ClusterError(f"{', '.join(lost)} was lost meanwhile")
+            return task.result()
+        finally:
+            task.cancel()
+
     async def _step(self) -> bool:
         """One change; True if there may be more to do at once."""
         await self._recall_suspects()
-        wanted = planning.membership(self.state, self._live - set(self._suspects), None)
+        wanted = planning.membership(self.state, self._live - set(self._suspects), self._rows, self._leaving)
         if wanted is not self.state:
             if not wanted.members:
                 self.state = wanted
@@ -203,7 +269,7 @@ class Coordinator:
                 return bool(self._suspects)
             await self._publish(planning.settle(self.state), base)
             return True
-        return await self._train_if_due()
+        return await self._even_out_if_due() or await self._train_if_due()
 
     async def _publish(self, state: CollectionState, base: Mapping[str, Mapping[int, int]] | None = None) -> None:
         self.state = state
@@ -237,7 +303,7 @@ class Coordinator:
             log.info("collection %r: %d workers send rows on", name, len(work))
         # Workers with nothing to send still say how far they are: no joining worker may claim more than its peers have.
         everyone = {worker: work.get(worker, []) for worker in self.state.active}
-        answers = await asyncio.gather(
+        sending = asyncio.gather(
             *(
                 self._call(
                     worker, "move", deadline=self._settings.move_deadline, collection=name, epoch=epoch, cells=cells
@@ -246,6 +312,11 @@ class Coordinator:
             ),
             return_exceptions=True,
         )
+        try:
+            answers = await self._unless_lost(sending)
+        except ClusterError as error:
+            log.info("collection %r: rows are sent on again later: %s", name, error)
+            return None
         low: dict[int, int] | None = None
         for worker, answer in zip(everyone, answers, strict=True):
             if isinstance(answer, StaleEpoch):
@@ -266,6 +337,33 @@ class Coordinator:
         joining = [worker for worker, role in self.state.members.items() if role == "joining"]
         return {worker: low or {} for worker in joining}
 
+    async def _even_out_if_due(self) -> bool:
+        state, settings = self.state, self._settings
+        if time.monotonic() - self._surveyed < settings.survey:
+            return False
+        self._surveyed = time.monotonic()
+        asking = asyncio.gather(
+            *(
+                self._call(worker, "status", deadline=settings.publish_deadline, collection=state.spec.name)
+                for worker in state.active
+            ),
+            return_exceptions=True,  # who does not answer is noticed by `_watch`
+        )
+        answers = await self._unless_lost(asking)
+        rows: dict[int, int] = {}
+        for answer in answers:
+            for cell, count in answer.get("cell_sizes", ()) if isinstance(answer, dict) else ():
+                rows[cell] = max(rows.get(cell, 0), count)
+        self._rows = rows
+        if state is not self.state or sum(rows.values()) < settings.rebalance_rows:
+            return False
+        wanted = planning.rebalanced(state, rows)
+        if wanted is state:
+            return False
+        log.info("collection %r: %d cells change workers for balance", state.spec.name, len(wanted.surplus))
+        await self._publish(wanted)
+        return True
+
     async def _train_if_due(self) -> bool:
         state, settings = self.state, self._settings
         if state.codebook.generation or state.spec.cells < 2 or state.source is None or not state.active:
@@ -274,14 +372,16 @@ class Coordinator:
         status = await self._ask(trainer, "status", deadline=settings.publish_deadline, collection=state.spec.name)
         if status["rows"] < settings.min_rows:
             return False
-        answer = await self._ask(
-            trainer,
-            "train",
-            deadline=settings.move_deadline,
-            collection=state.spec.name,
-            cells=state.spec.cells,
-            sample_rows=settings.sample_rows,
-            iterations=settings.iterations,
+        answer = await self._unless_lost(
+            self._ask(
+                trainer,
+                "train",
+                deadline=settings.move_deadline,
+                collection=state.spec.name,
+                cells=state.spec.cells,
+                sample_rows=settings.sample_rows,
+                iterations=settings.iterations,
+            )
         )
         centroids = floats_from_wire(answer["centroids"])
         log.info(

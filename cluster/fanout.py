@@ -16,13 +16,16 @@ import numpy.typing as npt
 from headrace.cluster.calls import Call
 from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import batch_to_wire, offsets_to_wire
-from headrace.gpu.errors import ClusterError, StaleEpoch
-from headrace.gpu.rows import DELETED, Action, Batch, Id
+from headrace.gpu.errors import ClusterError, StaleEpoch, StoreFull
+from headrace.gpu.rows import Action, Batch, Id
 
-__all__ = ["Header", "LocalApply", "fan_out", "part_for"]
+__all__ = ["Header", "LocalApply", "Outcome", "fan_out", "held_by", "part_for"]
 
 LocalApply = Callable[[Batch | None, Mapping[int, tuple[int, int]], Mapping[int, int], int], Any]
 """`Replica.apply` of the sender's own worker."""
+
+Outcome = tuple[int, ...] | ClusterError | StoreFull
+"""Positions of the rows that a worker lacks; or why it could not be asked; or that its memory limit is reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +54,26 @@ class Header:
     attributes: Mapping[str, Sequence[Any]]
 
 
-def part_for(
-    header: Header, worker: str, state: CollectionState, *, had: frozenset[str] | None = None, resend: bool = False
-) -> Batch | None:
-    """What `worker` is sent of a header; None if nothing concerns it.
-
-    Parameters
-    ----------
-    had : frozenset of str, optional
-        For rows that move: the workers that hold them already, which only hear of the cell's number. Workers that are
-        not to hold a row hear nothing of it; they drop it when the move is settled.
-    resend : bool
-        Attach the vectors even for workers in `had`.
-    """
-    holds = np.fromiter(
-        (cell != DELETED and worker in state.copies.get(cell, ()) for cell in header.cells.tolist()),
-        dtype=np.bool_,
-        count=len(header.cells),
-    )
-    if had is None:
-        rows = np.arange(len(holds))
-        actions = np.where(holds, Action.HOLD, Action.DROP).astype(np.uint8)
-    else:
-        rows = np.flatnonzero(holds)
-        if not len(rows):
-            return None
-        action = Action.KEEP if worker in had and not resend else Action.HOLD
-        actions = np.full(len(rows), action, dtype=np.uint8)
-    with_vector = rows[actions == Action.HOLD]
+def part_for(header: Header, worker: str, state: CollectionState) -> Batch:
+    """What `worker` is sent of new records: all of the header, and the vectors of the cells that it holds."""
+    holds = held_by(header, worker, state)
+    with_vector = np.flatnonzero(holds)
     return Batch(
-        ids=[header.ids[row] for row in rows.tolist()] if had is not None else header.ids,
-        topic_partitions=header.topic_partitions[rows],
-        offsets=header.offsets[rows],
-        timestamps=header.timestamps[rows],
-        cells=header.cells[rows],
-        actions=actions,
+        ids=header.ids,
+        topic_partitions=header.topic_partitions,
+        offsets=header.offsets,
+        timestamps=header.timestamps,
+        cells=header.cells,
+        actions=np.where(holds, Action.HOLD, Action.DROP).astype(np.uint8),
         vectors=header.vectors[header.vector_at[with_vector]],
         attributes={name: [values[row] for row in with_vector.tolist()] for name, values in header.attributes.items()},
     )
+
+
+def held_by(header: Header, worker: str, state: CollectionState) -> npt.NDArray[np.bool_]:
+    """Which of the header's records `worker` is to hold, bool (n,)."""
+    mine = np.array([cell for cell, holders in state.copies.items() if worker in holders], dtype=np.int32)
+    return np.isin(header.cells, mine)
 
 
 async def fan_out(
@@ -101,13 +86,13 @@ async def fan_out(
     deadline: float,
     ranges: Mapping[int, tuple[int, int]] | None = None,
     stable: Mapping[int, int] | None = None,
-) -> dict[str, tuple[int, ...] | ClusterError]:
+) -> dict[str, Outcome]:
     """Apply each worker's part there, all at once.
 
     Returns
     -------
-    dict of str to tuple of int or ClusterError
-        For each worker, the rows of its part that it lacks, or why it did not answer.
+    dict of str to Outcome
+        For each worker, the rows of its part that it lacks, or why it did not answer, or that it has no room.
 
     Raises
     ------
@@ -123,9 +108,12 @@ async def fan_out(
         "stable": offsets_to_wire(stable),
     }
 
-    async def one(worker: str, part: Batch | None) -> tuple[int, ...] | ClusterError:
+    async def one(worker: str, part: Batch | None) -> Outcome:
         if worker == me:
-            applied = local(part, ranges, stable, state.epoch)
+            try:
+                applied = local(part, ranges, stable, state.epoch)
+            except StoreFull as error:
+                return error
             if applied is None:
                 raise StaleEpoch(f"epoch {state.epoch} of {state.spec.name!r} is no longer the newest")
             return tuple(applied.missing)
@@ -135,15 +123,15 @@ async def fan_out(
             )
         except StaleEpoch:
             raise
-        except ClusterError as error:
+        except (ClusterError, StoreFull) as error:
             return error
         return tuple(answer["missing"])
 
     workers = list(parts)
     answers = await asyncio.gather(*(one(worker, parts[worker]) for worker in workers), return_exceptions=True)
-    outcome: dict[str, tuple[int, ...] | ClusterError] = {}
+    outcome: dict[str, Outcome] = {}
     for worker, answer in zip(workers, answers, strict=True):
-        if isinstance(answer, ClusterError | tuple) and not isinstance(answer, StaleEpoch):
+        if isinstance(answer, ClusterError | StoreFull | tuple) and not isinstance(answer, StaleEpoch):
             outcome[worker] = answer
         elif isinstance(answer, BaseException):
             raise answer

@@ -7,22 +7,30 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cluster.layout import near_order
 from headrace.cluster.placement import assign_readers, place
 from headrace.cluster.state import Codebook, CollectionState, Source
 
-__all__ = ["Moves", "adopt_codebook", "attach_source", "membership", "moves", "settle"]
+__all__ = ["Moves", "adopt_codebook", "attach_source", "membership", "moves", "rebalanced", "settle"]
 
 Moves = dict[str, list[int]]
 """Worker to the cells whose rows it is to send on."""
 
 
-def membership(state: CollectionState, live: Collection[str], rows: Mapping[int, int] | None = None) -> CollectionState:
-    """The state with `live` as its workers; the same object when nothing changes.
+def membership(
+    state: CollectionState,
+    live: Collection[str],
+    rows: Mapping[int, int] | None = None,
+    leaving: Collection[str] = (),
+) -> CollectionState:
+    """The state with `live` as its workers, of which `leaving` are to be emptied; the same object when nothing changes.
 
-    A worker that is new joins: it is sent all writes from now on and copies of cells that lack some, and is not read
-    until `settle`. If some cell has lost its last copy, the collection begins again from the log (a new incarnation).
+    A worker that is new joins: it is sent all writes from now on and its share of the cells, and is not read until
+    `settle`. A copy that is given up is kept and read until then too. If some cell has lost its last copy, the
+    collection begins again from the log (a new incarnation).
     """
-    if set(live) == set(state.members):
+    going = tuple(sorted(set(live) & set(leaving)))
+    if set(live) == set(state.members) and going == state.leaving:
         return state
     active = [address for address in state.active if address in live]
     serving = {cell: tuple(a for a in holders if a in active) for cell, holders in state.serving.items()}
@@ -30,7 +38,7 @@ def membership(state: CollectionState, live: Collection[str], rows: Mapping[int,
     if lost:
         members = dict.fromkeys(sorted(live), "active")
         begun = state.source is not None and bool(state.members)
-        copies = place(state.codebook.cells, list(live), state.spec.replicas)
+        copies = place(state.codebook.cells, _staying(live, going), state.spec.replicas, near=_near(state.codebook))
         alarms = state.alarms
         if begun:
             alarms = (
@@ -45,24 +53,61 @@ def membership(state: CollectionState, live: Collection[str], rows: Mapping[int,
                 previous=None,
                 copies=copies,
                 serving=copies,
+                surplus={},
+                leaving=going,
                 moving=False,
                 alarms=alarms,
             )
         )
     members = {address: "active" if address in active else "joining" for address in sorted(live)}
-    copies = place(state.codebook.cells, list(members), state.spec.replicas, rows=rows, current=state.copies)
-    if state.previous:
-        copies |= {cell: serving[cell] for cell in state.previous.cells}
-    serving = {cell: tuple(a for a in copies[cell] if a in serving[cell]) for cell in copies}
-    return _with_readers(
-        state.with_(
-            epoch=state.epoch + 1,
-            members=members,
-            copies=copies,
-            serving=serving,
-            moving=bool(state.previous) or copies != serving or "joining" in members.values(),
-        )
+    return _with_readers(_placed(state.with_(members=members, leaving=going, serving=serving), rows))
+
+
+def rebalanced(state: CollectionState, rows: Mapping[int, int]) -> CollectionState:
+    """The state with cells on their way from workers that hold too many of the `rows` (by cell) to those that hold too
+    few; the same object when the difference is not worth it, or something moves already.
+    """
+    if state.moving:
+        return state
+    new = _placed(state, rows)
+    return new if new.surplus else state
+
+
+def _placed(state: CollectionState, rows: Mapping[int, int] | None) -> CollectionState:
+    """The next epoch: cells go where `place` wants them, and every complete copy is kept until they are there."""
+    wanted = {cell: [a for a in h if a not in state.surplus.get(cell, ())] for cell, h in state.copies.items()}
+    target = place(
+        state.codebook.cells,
+        _staying(state.members, state.leaving),
+        state.spec.replicas,
+        rows=rows,
+        current=wanted,
+        near=_near(state.codebook),
     )
+    surplus = {
+        cell: extra for cell in target if (extra := tuple(a for a in state.serving[cell] if a not in target[cell]))
+    }
+    copies = {cell: (*holders, *surplus.get(cell, ())) for cell, holders in target.items()}
+    if state.previous:
+        copies |= {cell: state.serving[cell] for cell in state.previous.cells}
+    serving = {cell: tuple(a for a in copies[cell] if a in state.serving[cell]) for cell in copies}
+    joining = "joining" in state.members.values()
+    return state.with_(
+        epoch=state.epoch + 1,
+        copies=copies,
+        serving=serving,
+        surplus=surplus,
+        moving=bool(state.previous) or bool(surplus) or copies != serving or joining,
+    )
+
+
+def _staying(members: Collection[str], leaving: Collection[str]) -> list[str]:
+    """Who may be given cells: everybody, where all are to be emptied."""
+    return [address for address in members if address not in leaving] or list(members)
+
+
+def _near(codebook: Codebook) -> list[int]:
+    return [codebook.first + at for at in near_order(codebook.centroids)]
 
 
 def adopt_codebook(state: CollectionState, centroids: npt.NDArray[np.float32]) -> CollectionState:
@@ -79,7 +124,7 @@ def adopt_codebook(state: CollectionState, centroids: npt.NDArray[np.float32]) -
         )
     old = state.codebook
     book = Codebook(old.generation + 1, old.first + len(old.centroids), centroids)
-    fresh = place(book.cells, state.active, state.spec.replicas)
+    fresh = place(book.cells, _staying(state.active, state.leaving), state.spec.replicas, near=_near(book))
     # A row gets a new cell's number only by an apply that goes to all of that cell's copies: they serve it at once.
     return state.with_(
         epoch=state.epoch + 1,
@@ -102,8 +147,11 @@ def moves(state: CollectionState) -> Moves:
 
 
 def settle(state: CollectionState) -> CollectionState:
-    """The state once all `moves` are done: everybody is read, the old codebook is gone."""
-    copies = {cell: state.copies[cell] for cell in state.codebook.cells}
+    """The state once all `moves` are done: everybody is read, the old codebook and surplus copies are gone."""
+    copies = {
+        cell: tuple(a for a in state.copies[cell] if a not in state.surplus.get(cell, ()))
+        for cell in state.codebook.cells
+    }
     return _with_readers(
         state.with_(
             epoch=state.epoch + 1,
@@ -111,6 +159,7 @@ def settle(state: CollectionState) -> CollectionState:
             previous=None,
             copies=copies,
             serving=copies,
+            surplus={},
             moving=False,
         )
     )
@@ -124,4 +173,6 @@ def attach_source(state: CollectionState, source: Source) -> CollectionState:
 def _with_readers(state: CollectionState) -> CollectionState:
     if state.source is None:
         return state
-    return state.with_(readers=assign_readers(state.source.partitions, state.active, state.readers))
+    return state.with_(
+        readers=assign_readers(state.source.partitions, _staying(state.active, state.leaving), state.readers)
+    )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
-from headrace.gpu.errors import ConsistencyTimeout
+from headrace.gpu.budget import Budget
+from headrace.gpu.errors import CollectionNotFound, ConsistencyTimeout
 from headrace.gpu.rows import Batch
 from headrace.gpu.store import Applied, Store, StoreSettings
 from headrace.streams.watermark import Watermark
@@ -30,20 +32,31 @@ class Replica:
     state : CollectionState
     address : str
         This worker's own.
-    backend, settings
+    backend, settings, budget
         Handed to the `Store`.
     """
 
-    def __init__(self, state: CollectionState, address: str, backend: Backend, settings: StoreSettings) -> None:
+    def __init__(
+        self,
+        state: CollectionState,
+        address: str,
+        backend: Backend,
+        settings: StoreSettings,
+        budget: Budget | None = None,
+    ) -> None:
         self.address = address
-        self._backend, self._settings = backend, settings
+        self._backend, self._settings, self._budget = backend, settings, budget
         self._waiters: list[tuple[Mapping[int, int], asyncio.Future[None]]] = []
         self._fence = 0
         self._begin(state)
 
     def _begin(self, state: CollectionState) -> None:
         self.state = state
-        self.store = Store(self._backend, state.spec.dim, state.spec.metric, self._settings)
+        self._incarnation = uuid.uuid4().hex[:12]
+        spec = state.spec
+        self.store = Store(
+            self._backend, spec.dim, spec.metric, self._settings, index=spec.index, ids=spec.ids, budget=self._budget
+        )
         self._watermarks: dict[int, Watermark] = {}
         self._read_from_origins(state)
         self._fence = max(self._fence, state.epoch)
@@ -91,7 +104,13 @@ class Replica:
     def apply(
         self, batch: Batch | None, ranges: Mapping[int, tuple[int, int]], stable: Mapping[int, int], epoch: int
     ) -> Applied | None:
-        """Apply one header and account for its offsets; None if `epoch` is older than what this worker knows."""
+        """Apply one header and account for its offsets; None if `epoch` is older than what this worker knows.
+
+        Raises
+        ------
+        StoreFull
+            The memory limit is reached; nothing has been changed, and the offsets do not count as applied.
+        """
         if epoch < self._fence:
             return None
         marks = {partition: self._watermarks.setdefault(partition, Watermark()) for partition in ranges}
@@ -141,6 +160,13 @@ class Replica:
             if entry in self._waiters:
                 self._waiters.remove(entry)
 
+    def close(self) -> None:
+        """The collection is gone from here: whoever waits is told so at once."""
+        gone = CollectionNotFound(f"{self.address} holds no collection {self.state.spec.name!r} any more")
+        for _, waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(gone)
+
     def _reached(self, required: Mapping[int, int]) -> bool:
         stamp = self.store.view.stamp
         return all(stamp.get(partition, 0) >= offset for partition, offset in required.items())
@@ -158,6 +184,8 @@ class Replica:
             "address": self.address,
             "state": self.state.members.get(self.address, "out"),
             "epoch": self.state.epoch,
+            "incarnation": self._incarnation,  # another one began empty, and its watermarks with it
             "watermarks": [[partition, offset] for partition, offset in self.watermarks.items()],
+            "device_memory": self._backend.memory.statistics(),
             **self.store.statistics(),
         }

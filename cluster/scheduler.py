@@ -42,6 +42,7 @@ class HeadraceScheduler(SchedulerPlugin):
                     "collections",
                     "describe",
                     "ingest",
+                    "drain",
                     "suspect",
                     "learn",
                     "alarm",
@@ -76,12 +77,16 @@ class HeadraceScheduler(SchedulerPlugin):
         return {"workers": len(self._ready)}
 
     async def create(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        wanted = CollectionSpec(**{**spec, "uid": uuid.uuid4().hex})
+        wanted = CollectionSpec.from_wire({**spec, "uid": uuid.uuid4().hex})
         if wanted.name in self._coordinators:
             raise CollectionExists(
                 f"collection {wanted.name!r} exists already; open it with collection({wanted.name!r}) or drop it first"
             )
-        if not self._ready:
+        for _ in range(100):  # workers of a cluster that has just been started need a moment
+            if self._ready:
+                break
+            await asyncio.sleep(0.05)
+        else:
             raise ClusterError("no worker is ready to hold a collection; start workers and try again")
         coordinator = Coordinator(wanted, self._call, self._settings, after=self._dropped.pop(wanted.name, None))
         self._coordinators[wanted.name] = coordinator
@@ -134,6 +139,17 @@ class HeadraceScheduler(SchedulerPlugin):
         origins = {partition: offset for partition, offset in source["origins"]}  # noqa: C416 (pairs arrive as tuples)
         await coordinator.attach(Source(**{**source, "origins": origins}))
         return {"epoch": coordinator.state.epoch}
+
+    async def drain(self, worker: str, undo: bool = False) -> dict[str, Any]:
+        """Empty a worker in all collections; they say when it is done by its rows."""
+        if worker not in self._ready:
+            raise ClusterError(f"{worker!r} is no worker here; they are {', '.join(sorted(self._ready)) or 'none yet'}")
+        if not undo:
+            for coordinator in self._coordinators.values():
+                coordinator.check_drain(worker)
+        for coordinator in self._coordinators.values():
+            coordinator.drain(worker, undo=undo)
+        return {}
 
     async def suspect(self, collection: str, worker: str, epoch: int, why: str) -> dict[str, Any]:
         coordinator = self._coordinator(collection)

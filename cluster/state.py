@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.gpu.index_spec import IndexSpec
+
 __all__ = ["Codebook", "CollectionSpec", "CollectionState", "Source", "first_codebook"]
 
 
@@ -35,6 +37,8 @@ class CollectionSpec:
     replicas : int
         Copies of every cell (fewer while there are fewer workers).
     ids : {"string", "integer"}
+    index : IndexSpec
+        Of sealed segments.
     uid : str
         Of this creation, given by the scheduler: a name that was dropped and made anew is another collection.
     """
@@ -46,7 +50,16 @@ class CollectionSpec:
     cells: int = 64
     replicas: int = 2
     ids: str = "string"
+    index: IndexSpec = field(default_factory=IndexSpec)
     uid: str = ""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain msgpack types."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> CollectionSpec:
+        return cls(**{**wire, "index": IndexSpec.from_wire(wire["index"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,10 @@ class CollectionState:
         Whose cells still hold rows that have not been relabelled.
     copies : dict of int to tuple of str
         Cell to the workers that are sent its rows.
+    surplus : dict of int to tuple of str
+        Of `copies`, those that are given up once others have taken over; they are read until then.
+    leaving : tuple of str
+        Workers that are being emptied: they are given no cells and read no topic partitions.
     serving : dict of int to tuple of str
         Cell to the workers that hold all of its rows.
     moving : bool
@@ -144,6 +161,8 @@ class CollectionState:
     previous: Codebook | None = None
     copies: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     serving: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    surplus: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    leaving: tuple[str, ...] = ()
     moving: bool = False
     source: Source | None = None
     readers: Mapping[int, str] = field(default_factory=dict)
@@ -167,7 +186,7 @@ class CollectionState:
     def to_wire(self) -> dict[str, Any]:
         """Plain msgpack types."""
         return {
-            "spec": asdict(self.spec),
+            "spec": self.spec.to_wire(),
             "codebook": self.codebook.to_wire(),
             "previous": self.previous and self.previous.to_wire(),
             "epoch": self.epoch,
@@ -175,6 +194,8 @@ class CollectionState:
             "members": dict(self.members),
             "copies": [[cell, *holders] for cell, holders in self.copies.items()],
             "serving": [[cell, *holders] for cell, holders in self.serving.items()],
+            "surplus": [[cell, *holders] for cell, holders in self.surplus.items()],
+            "leaving": list(self.leaving),
             "moving": self.moving,
             "source": self.source
             and {
@@ -193,7 +214,7 @@ class CollectionState:
     def from_wire(cls, wire: Mapping[str, Any]) -> CollectionState:
         source = wire["source"]
         return cls(
-            spec=CollectionSpec(**wire["spec"]),
+            spec=CollectionSpec.from_wire(wire["spec"]),
             codebook=Codebook.from_wire(wire["codebook"]),
             previous=Codebook.from_wire(wire["previous"]) if wire["previous"] else None,
             epoch=wire["epoch"],
@@ -201,6 +222,8 @@ class CollectionState:
             members=dict(wire["members"]),
             copies={row[0]: tuple(row[1:]) for row in wire["copies"]},
             serving={row[0]: tuple(row[1:]) for row in wire["serving"]},
+            surplus={row[0]: tuple(row[1:]) for row in wire["surplus"]},
+            leaving=tuple(wire["leaving"]),
             moving=wire["moving"],
             source=Source(**{**source, "origins": dict(source["origins"])}) if source else None,
             readers=dict(wire["readers"]),

@@ -11,16 +11,19 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from headrace.cluster.calls import answering, call
-from headrace.cluster.fanout import Header, fan_out, part_for
+from headrace.cluster.moving import header_of_rows, send_on
 from headrace.cluster.replica import Replica
 from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import (
@@ -32,8 +35,11 @@ from headrace.cluster.wire import (
     rows_to_wire,
 )
 from headrace.gpu.backend import Backend, resolve
+from headrace.gpu.budget import Budget
 from headrace.gpu.errors import ClusterError, CollectionNotFound, StaleEpoch
-from headrace.gpu.store import StoredRow, StoreSettings
+from headrace.gpu.filters import Filter
+from headrace.gpu.gather import Gatherer, GatherSettings
+from headrace.gpu.store import Store, StoredRow, StoreSettings
 
 __all__ = ["WorkerNode"]
 
@@ -54,20 +60,31 @@ class WorkerNode(WorkerPlugin):
     store : StoreSettings, optional
     apply_deadline : float
         Seconds that a peer may take to answer an apply.
+    gather : GatherSettings, optional
+        How searches of many callers are put together.
+    move_rate : float
+        Rows a second that this worker sends to others when cells move.
     """
 
     name = "headrace"
     idempotent = True
     calls: tuple[str, ...] = (
         "state", "drop", "reset", "apply", "search", "get", "count", "wait",
-        "watermarks", "status", "digests", "scan", "move", "train",
+        "watermarks", "status", "digests", "scan", "move", "train", "told",
     )  # fmt: skip
 
     def __init__(
-        self, backend: str = "auto", store: StoreSettings | None = None, *, apply_deadline: float = 2.0
+        self,
+        backend: str = "auto",
+        store: StoreSettings | None = None,
+        *,
+        apply_deadline: float = 2.0,
+        gather: GatherSettings | None = None,
+        move_rate: float = 20_000.0,
     ) -> None:
         self._backend_name, self._store_settings = backend, store or StoreSettings()
-        self.apply_deadline = apply_deadline
+        self._gather_settings = gather or GatherSettings()
+        self.apply_deadline, self._move_rate = apply_deadline, move_rate
         self.replicas: dict[str, Replica] = {}
 
     async def setup(self, worker: Any) -> None:
@@ -75,7 +92,13 @@ class WorkerNode(WorkerPlugin):
         self.address: str = worker.address
         self.instance = uuid.uuid4().hex
         self.backend: Backend = resolve(self._backend_name)
+        settings = self._store_settings
+        self.backend.memory.start(settings.memory_limit)
+        self._budget = Budget(settings.memory_limit, settings.maintenance_memory)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="headrace-read")
+        # Threads of their own: a scan or a digest never stands in a search's way.
+        self._searchers = ThreadPoolExecutor(self._gather_settings.at_once, thread_name_prefix="headrace-search")
+        self._gatherer = Gatherer(self._searched, self._gather_settings)
         self._builders = ThreadPoolExecutor(1, thread_name_prefix="headrace-build", initializer=_step_back)
         self._building: set[str] = set()
         self._scans: dict[str, Any] = {}
@@ -86,6 +109,7 @@ class WorkerNode(WorkerPlugin):
         for name in list(self.replicas):
             await self.release(name)
         self._readers.shutdown(wait=False, cancel_futures=True)
+        self._searchers.shutdown(wait=False, cancel_futures=True)
         self._builders.shutdown(wait=False, cancel_futures=True)
 
     # -- for subclasses ------------------------------------------------------------------------------------------------
@@ -95,7 +119,8 @@ class WorkerNode(WorkerPlugin):
 
     async def release(self, name: str) -> None:
         """Forget a collection."""
-        self.replicas.pop(name, None)
+        if (replica := self.replicas.pop(name, None)) is not None:
+            replica.close()
 
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
         return await call(self.worker.rpc, address, op, deadline=deadline, **message)
@@ -147,7 +172,7 @@ class WorkerNode(WorkerPlugin):
             return
         replica = self.replicas.get(name)
         if replica is None:
-            replica = self.replicas[name] = Replica(new, self.address, self.backend, self._store_settings)
+            replica = self.replicas[name] = Replica(new, self.address, self.backend, self._store_settings, self._budget)
             log.info("collection %r: this worker takes part (%s)", name, new.members[self.address])
         else:
             replica.adopt(new, base)
@@ -160,6 +185,12 @@ class WorkerNode(WorkerPlugin):
     async def on_reset(self, collection: str) -> dict[str, Any]:
         """This worker had stopped answering: what it holds may be behind, so it begins again from its peers."""
         await self.release(collection)
+        return {}
+
+    async def on_told(self, collection: str, schema: Mapping[str, str], alarms: Sequence[str]) -> dict[str, Any]:
+        """What changes without a new epoch, to be remembered should the scheduler be lost."""
+        replica = self.replica(collection)
+        replica.state = replica.state.with_(schema={**replica.state.schema, **schema}, alarms=tuple(alarms))
         return {}
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -176,15 +207,17 @@ class WorkerNode(WorkerPlugin):
         replica = await self._begun(collection, incarnation)
         if replica is None or incarnation < replica.state.incarnation:
             raise StaleEpoch(f"{self.address} has no part in epoch {epoch} of collection {collection!r}")
-        applied = replica.apply(
-            None if batch is None else batch_from_wire(batch),
-            {partition: (low, high) for partition, low, high in ranges},
-            offsets_from_wire(stable),
-            epoch,
-        )
+        try:
+            applied = replica.apply(
+                None if batch is None else batch_from_wire(batch),
+                {partition: (low, high) for partition, low, high in ranges},
+                offsets_from_wire(stable),
+                epoch,
+            )
+        finally:  # also where there was no room: tidying up makes some
+            self.maintain(replica)
         if applied is None:
             raise StaleEpoch(f"epoch {epoch} of collection {collection!r}: {self.address} is at {replica.fence}")
-        self.maintain(replica)
         return {"missing": list(applied.missing)}
 
     async def _begun(self, collection: str, incarnation: int) -> Replica | None:
@@ -197,7 +230,10 @@ class WorkerNode(WorkerPlugin):
         return None
 
     async def on_move(self, collection: str, epoch: int, cells: Sequence[int]) -> dict[str, Any]:
-        """Send all rows of `cells` on to whoever must hold them now, with their own versions."""
+        """Send all rows of `cells` on to whoever must hold them now, with their own versions.
+
+        Who holds a row already hears of its number only, so a move that was interrupted costs little to do again.
+        """
         replica = self.replica(collection)
         state = replica.state
         if state.epoch != epoch:
@@ -205,40 +241,19 @@ class WorkerNode(WorkerPlugin):
         watermarks = offsets_to_wire(replica.watermarks)
         moved = 0
         failed: dict[str, str] = {}
+        began = time.monotonic()
         for rows in replica.store.scan(frozenset(cells), vectors=True, batch=_MOVE_ROWS):
-            header = await self.read(_header_of_rows, rows, state, self.backend)
-            for cell_rows, had in _by_holders(rows, state):
-                part = _take_rows(header, cell_rows)
-                failed |= await self._send_on(replica, state, part, had)
+            header = await self.read(header_of_rows, rows, state, self.backend)
+            failed = await send_on(
+                self.call, state, header, me=self.address, local=replica.apply, deadline=self.apply_deadline
+            )
             if failed:
                 break
             moved += len(rows)
-            await asyncio.sleep(0)  # applies and searches come first
+            # Applies and searches come first, here and where the rows go.
+            await asyncio.sleep(max(0.0, began + moved / self._move_rate - time.monotonic()))
         self.maintain(replica)
         return {"moved": moved, "watermarks": watermarks, "failed": [[worker, why] for worker, why in failed.items()]}
-
-    async def _send_on(
-        self, replica: Replica, state: CollectionState, header: Header, had: frozenset[str]
-    ) -> dict[str, str]:
-        resend = False
-        parts = {worker: part for worker in state.members if (part := part_for(header, worker, state, had=had))}
-        failed: dict[str, str] = {}
-        while parts:
-            outcome = await fan_out(
-                self.call, state, parts, me=self.address, local=replica.apply, deadline=self.apply_deadline
-            )
-            failed |= {worker: str(answer) for worker, answer in outcome.items() if isinstance(answer, ClusterError)}
-            lacking = [worker for worker, answer in outcome.items() if isinstance(answer, tuple) and answer]
-            if resend or not lacking:
-                break
-            # A peer lacks rows it should have had, or has let go of them for newer ones: versions decide there.
-            resend = True
-            parts = {
-                worker: part
-                for worker in lacking
-                if worker != self.address and (part := part_for(header, worker, state, had=had, resend=True))
-            }
-        return failed
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -260,14 +275,28 @@ class WorkerNode(WorkerPlugin):
         limit: int,
         required: Sequence[Sequence[int]],
         deadline_s: float,
+        where: Mapping[str, Any] | None = None,
+        recall_target: float | None = None,
     ) -> dict[str, Any]:
         replica = await self._caught_up(collection, epoch, required, deadline_s)
-        found = await self.read(replica.store.search, floats_from_wire(queries), limit)
+        store = replica.store
+        # The client has read the filter by the newest schema and sends the kinds along: this worker's may be older.
+        wanted = None if where is None else Filter.from_wire(where)
+        sought = _Sought(store, limit, wanted, recall_target)
+        answers = await self._gatherer.search(sought, floats_from_wire(queries))
+        if epoch < replica.state.epoch:
+            # While the search waited its turn, rows may have been dropped that others hold now.
+            raise StaleEpoch(f"{self.address} went on to epoch {replica.state.epoch} of collection {collection!r}")
+        stamp = answers[0].stamp if answers else store.view.stamp
         return {
-            "rows": [rows_to_wire(rows) for rows in found.rows],
-            "scores": found.scores,
-            "applied": offsets_to_wire(found.stamp),
+            "rows": [answer.rows for answer in answers],
+            "scores": [answer.scores for answer in answers],
+            "applied": offsets_to_wire(stamp),
         }
+
+    async def _searched(self, sought: _Sought, queries: npt.NDArray[np.float32]) -> list[_Answer]:
+        """One search for all that were gathered."""
+        return await asyncio.get_running_loop().run_in_executor(self._searchers, sought.search, queries)
 
     async def on_get(
         self,
@@ -283,10 +312,18 @@ class WorkerNode(WorkerPlugin):
         return {"rows": rows_to_wire(rows), "applied": offsets_to_wire(stamp)}
 
     async def on_count(
-        self, collection: str, epoch: int, required: Sequence[Sequence[int]], deadline_s: float
+        self,
+        collection: str,
+        epoch: int,
+        required: Sequence[Sequence[int]],
+        deadline_s: float,
+        where: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         replica = await self._caught_up(collection, epoch, required, deadline_s)
-        sizes = replica.store.cell_sizes()
+        if where is None:
+            sizes = replica.store.cell_sizes()
+        else:
+            sizes = await self.read(replica.store.cell_sizes, Filter.from_wire(where))
         return {"cell_sizes": [list(pair) for pair in sizes.items()], "applied": offsets_to_wire(replica.watermarks)}
 
     async def on_wait(self, collection: str, required: Sequence[Sequence[int]], deadline_s: float) -> dict[str, Any]:
@@ -298,7 +335,10 @@ class WorkerNode(WorkerPlugin):
 
     async def on_status(self, collection: str) -> dict[str, Any]:
         replica = self.replica(collection)
-        return {**replica.status(), "cell_sizes": [list(pair) for pair in replica.store.cell_sizes().items()]}
+        return {
+            **replica.status(),
+            "cell_sizes": [list(pair) for pair in replica.store.cell_sizes().items()],
+        }
 
     async def on_digests(self, collection: str) -> dict[str, Any]:
         replica = self.replica(collection)
@@ -341,50 +381,33 @@ class WorkerNode(WorkerPlugin):
         return {"centroids": floats_to_wire(centroids), "rows": rows}
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one query is answered: rows and scores as they are sent, and what had been applied."""
+
+    rows: list[Any]
+    scores: list[float]
+    stamp: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sought:
+    """What searches must have in common to be one."""
+
+    store: Store
+    limit: int
+    where: Filter | None
+    recall_target: float | None
+
+    def search(self, queries: npt.NDArray[np.float32]) -> list[_Answer]:
+        found = self.store.search(queries, self.limit, where=self.where, recall_target=self.recall_target)
+        return [
+            _Answer(rows_to_wire(rows), scores, found.stamp)
+            for rows, scores in zip(found.rows, found.scores, strict=True)
+        ]
+
+
 def _step_back() -> None:
     """Let this thread use only the processor time that applies and searches leave (Linux counts niceness by thread)."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _header_of_rows(rows: Sequence[StoredRow], state: CollectionState, backend: Backend) -> Header:
-    """Stored rows as a header, their cells by the state's codebook."""
-    vectors = np.stack([row.vector for row in rows if row.vector is not None])
-    cells = np.array([row.cell for row in rows], dtype=np.int32)
-    if state.previous is not None:
-        labels, _ = backend.kmeans.assign(backend.xp.asarray(vectors), backend.xp.asarray(state.codebook.centroids))
-        labels = labels.get() if hasattr(labels, "get") else labels
-        old = np.isin(cells, list(state.previous.cells))
-        cells = np.where(old, labels + state.codebook.first, cells).astype(np.int32)
-    names = {name for row in rows for name in row.attributes}
-    return Header(
-        ids=[row.id for row in rows],
-        topic_partitions=np.array([row.topic_partition for row in rows], dtype=np.int32),
-        offsets=np.array([row.offset for row in rows], dtype=np.int64),
-        timestamps=np.array([row.timestamp for row in rows], dtype=np.int64),
-        cells=cells,
-        vectors=vectors,
-        vector_at=np.arange(len(rows), dtype=np.int64),
-        attributes={name: [row.attributes.get(name) for row in rows] for name in names},
-    )
-
-
-def _by_holders(rows: Sequence[StoredRow], state: CollectionState) -> list[tuple[list[int], frozenset[str]]]:
-    """Positions of rows grouped by the workers that have them all already: those that serve the row's present cell."""
-    groups: dict[frozenset[str], list[int]] = {}
-    for position, row in enumerate(rows):
-        groups.setdefault(frozenset(state.serving.get(row.cell, ())), []).append(position)
-    return [(positions, had) for had, positions in groups.items()]
-
-
-def _take_rows(header: Header, rows: list[int]) -> Header:
-    return Header(
-        ids=[header.ids[row] for row in rows],
-        topic_partitions=header.topic_partitions[rows],
-        offsets=header.offsets[rows],
-        timestamps=header.timestamps[rows],
-        cells=header.cells[rows],
-        vectors=header.vectors[rows],
-        vector_at=np.arange(len(rows), dtype=np.int64),
-        attributes={name: [values[row] for row in rows] for name, values in header.attributes.items()},
-    )

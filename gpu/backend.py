@@ -17,8 +17,20 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from headrace.gpu.errors import BackendError
+from headrace.gpu.index_spec import KINDS, BuildParams
 
-__all__ = ["Array", "Backend", "Flat", "Frames", "Graph", "KMeans", "available", "resolve"]
+__all__ = [
+    "METRICS",
+    "Array",
+    "Backend",
+    "Exact",
+    "Frames",
+    "IndexKind",
+    "KMeans",
+    "Memory",
+    "available",
+    "resolve",
+]
 
 log = logging.getLogger("headrace.gpu")
 
@@ -103,44 +115,43 @@ class KMeans(Protocol):
         """
 
 
-class Flat(Protocol):
-    """Exact search."""
+class Exact(Protocol):
+    """Exact search over plain arrays."""
 
-    def search(self, vectors: Array, alive: Array, queries: Array, k: int, metric: str) -> tuple[Array, Array]:
-        """The `k` best live rows for each query.
+    def search(self, vectors: Array, allowed: Array | None, queries: Array, k: int, metric: str) -> tuple[Array, Array]:
+        """The `k` best allowed rows for each query.
 
         Parameters
         ----------
-        vectors : float32 (n, dim)
-        alive : bool (n,)
+        vectors : float32 or float16, (n, dim)
+        allowed : bool (n,), or None for all
         queries : float32 (q, dim)
+        k : int
         metric : one of `METRICS`; for "cosine" both sides are normalised already
 
         Returns
         -------
         scores : float32 (q, k)
             Best first. Inner product (higher is better) for cosine and ip; squared distance (lower is better) for l2.
-            Where there are fewer than `k` live rows: -inf (cosine, ip) or +inf (l2).
+            Where there are fewer than `k` allowed rows: -inf (cosine, ip) or +inf (l2).
         rows : int64 (q, k)
             Row numbers, -1 where there is none.
         """
 
 
-class Graph(Protocol):
-    """An approximate graph index over rows that will never change (HNSW on the host, CAGRA on RAPIDS)."""
+class IndexKind(Protocol):
+    """One kind of index over rows that will never change; the kinds are those of `headrace.gpu.index_spec.KINDS`."""
 
-    def build(self, vectors: Array, metric: str, *, degree: int = 32, effort: int = 100, threads: int = 1) -> Any:
-        """Build an index over `vectors`; may take seconds, so call it off the event loop.
+    def build(self, vectors: Array, metric: str, params: BuildParams, *, threads: int = 1) -> Any:
+        """Build an index over `vectors`; may take minutes, so call it off the event loop.
 
         Parameters
         ----------
-        vectors : float32 (n, dim)
-            n >= 1.
+        vectors : float32 or float16, (n, dim)
+            n >= 1. Kept as `params.dtype` says; row r of the index is row r here.
         metric : one of `METRICS`
-        degree : int
-            Links per row.
-        effort : int
-            efConstruction / intermediate_graph_degree.
+        params : BuildParams
+            From `headrace.gpu.index_spec.build_params`.
         threads : int
             Host threads to build with, at most.
 
@@ -150,21 +161,21 @@ class Graph(Protocol):
             There are no vectors.
         """
 
-    def search(self, index: Any, alive: Array, queries: Array, k: int, *, effort: int = 64) -> tuple[Array, Array]:
-        """As `Flat.search`, approximately, with the bitset applied inside the search. Thread-safe.
+    def search(self, index: Any, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
+        """As `Exact.search`, approximately: the rows may not be the best ones, their scores are exact. Thread-safe.
 
-        A query gets fewer than `k` rows only if fewer are alive.
+        `allowed` is applied inside the index; where it leaves so few rows that scoring all of them is cheaper, that is
+        done. A query gets fewer than `k` rows only if fewer are allowed.
 
         Parameters
         ----------
         index : Any
             From `build` or `load`, which also fix the metric.
-        alive : bool (n,)
-            Row r is row r of `build`.
+        allowed : bool (n,), or None for all
         queries : float32 (q, dim)
         k : int
         effort : int
-            efSearch / itopk_size where all rows are alive; more is taken by itself where many are dead.
+            One of `efforts`, or any number near them: more finds more and takes longer.
 
         Returns
         -------
@@ -172,17 +183,33 @@ class Graph(Protocol):
         rows : int64 (q, k)
         """
 
-    def vectors(self, index: Any, rows: Array) -> Array:
-        """The stored vectors of `rows`, float32 (r, dim), exactly as given to `build`."""
+    def efforts(self, index: Any, k: int) -> tuple[int, ...]:
+        """Efforts worth trying for `k` rows, rising; (0,) where every search is exact."""
 
-    def nbytes(self, index: Any) -> int:
-        """Bytes the index holds, vectors included."""
+    def vectors(self, index: Any, rows: Array) -> Array:
+        """The kept vectors of `rows`, float32 (r, dim), as a copy."""
+
+    def nbytes(self, index: Any) -> dict[str, int]:
+        """Bytes that the index holds, by purpose: vectors, links, codes, centroids."""
 
     def save(self, index: Any, path: Path) -> None:
-        """Write the index to `path`; raises `BackendError` if it cannot be written."""
+        """Write the index to `path`; raises `BackendError` if it cannot be written, and leaves no half file there."""
 
     def load(self, path: Path) -> Any:
-        """Read an index written by `save` of the same backend; raises `BackendError` if it is missing or damaged."""
+        """Read an index written by `save` of the same kind; raises `BackendError` if it is missing or damaged."""
+
+
+class Memory(Protocol):
+    """What the device's memory holds."""
+
+    def start(self, limit: int | None) -> None:
+        """Prepare the device's allocator, once per process, before anything is put there; `limit` in bytes."""
+
+    def used(self) -> int | None:
+        """Bytes in use now; None where that cannot be told."""
+
+    def statistics(self) -> dict[str, int]:
+        """Figures of the allocator, in bytes, by name."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +221,19 @@ class Backend:
     name : {"host", "rapids"}
     xp : module
         numpy or cupy.
-    frames, kmeans, flat, graph
+    frames, kmeans, exact, memory
         The twin modules; each satisfies the Protocol of its name.
+    kinds : mapping of str to IndexKind
+        The twin modules of `headrace.gpu.index_spec.KINDS`, by name.
     """
 
     name: str
     xp: ModuleType
     frames: Frames
     kmeans: KMeans
-    flat: Flat
-    graph: Graph
+    exact: Exact
+    memory: Memory
+    kinds: Mapping[str, IndexKind]
 
 
 _ARRAYS: Mapping[str, str] = {"host": "numpy", "rapids": "cupy"}
@@ -230,10 +260,19 @@ def resolve(name: str = "auto") -> Backend:
         raise BackendError(f"unknown backend {name!r}: use 'auto', 'host' or 'rapids'")
     if why := _missing(name):
         raise BackendError(f"backend {name!r} cannot be used here: {why}")
-    twin = {
-        part: importlib.import_module(f"headrace.gpu.{name}.{part}") for part in ("frames", "kmeans", "flat", "graph")
-    }
-    return Backend(name=name, xp=importlib.import_module(_ARRAYS[name]), **twin)
+
+    def twin(part: str) -> Any:
+        return importlib.import_module(f"headrace.gpu.{name}.{part}")
+
+    return Backend(
+        name=name,
+        xp=importlib.import_module(_ARRAYS[name]),
+        frames=twin("frames"),
+        kmeans=twin("kmeans"),
+        exact=twin("exact"),
+        memory=twin("memory"),
+        kinds={kind: twin(kind) for kind in KINDS},
+    )
 
 
 def _missing(name: str) -> str:

@@ -10,6 +10,8 @@
     │   ├── CollectionExists
     │   └── CollectionNotFound
     ├── RecordError             a record the caller handed in cannot be written (wrong dimension, no id …)
+    ├── FilterError             a search's filter cannot be read, or does not fit the columns; shows the place
+    ├── StoreFull               a worker's memory limit is reached; writes wait until there is room again
     ├── BrokerError             Kafka cannot be reached or refuses
     │   ├── TopicError          the topic is missing or has another number of topic partitions
     │   └── ProduceError        a record was not acknowledged
@@ -17,7 +19,8 @@
     │   └── StaleEpoch          a message of an older placement met a newer one (retried inside, seldom seen)
     └── ConsistencyTimeout      a read waited for offsets until its deadline; says which were missing
 
-Every message is one sentence that names what was wrong, with which value, and what to do.
+Every message is one sentence that names what was wrong, with which value, and what to do; a `FilterError` adds the
+filter's text with the place marked.
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ __all__ = [
     "ConfigError",
     "ConsistencyTimeout",
     "EncoderError",
+    "FilterError",
     "HeadraceError",
     "ProduceError",
     "RecordError",
     "StaleEpoch",
+    "StoreFull",
     "TopicError",
     "error_named",
 ]
@@ -74,6 +79,14 @@ class CollectionNotFound(CollectionError, KeyError):
 
 class RecordError(HeadraceError, ValueError):
     """A record that the caller handed in cannot be written."""
+
+
+class FilterError(HeadraceError, ValueError):
+    """A search's filter cannot be read, or does not fit the columns; the message shows the place."""
+
+
+class StoreFull(HeadraceError, MemoryError):
+    """A worker's memory limit is reached: what would add rows is tried again until there is room."""
 
 
 class BrokerError(HeadraceError, ConnectionError):

@@ -9,23 +9,26 @@ __all__ = ["bitset", "nothing_found", "rank"]
 
 Array = Any
 
+_MOST_NUMBERS = 1 << 26
+"""Of candidates gathered at once: 256 MB of float32."""
 
-def bitset(xp: ModuleType, alive: Array) -> Array:
+
+def bitset(xp: ModuleType, allowed: Array) -> Array:
     """Bool (n,) as bits, uint32 (ceil(n / 32),): row r is bit r % 32 of word r // 32."""
-    octets = xp.packbits(alive, bitorder="little")
+    octets = xp.packbits(allowed, bitorder="little")
     padded = xp.zeros(-(-len(octets) // 4) * 4, dtype=xp.uint8)
     padded[: len(octets)] = octets
     return padded.view(xp.uint32)
 
 
 def nothing_found(xp: ModuleType, queries: int, k: int, metric: str) -> tuple[Array, Array]:
-    """The answer of `headrace.gpu.backend.Flat.search` where no row is alive."""
+    """The answer of `headrace.gpu.backend.Exact.search` where no row is allowed."""
     worst = xp.inf if metric == "l2" else -xp.inf
     return xp.full((queries, k), worst, dtype=xp.float32), xp.full((queries, k), -1, dtype=xp.int64)
 
 
 def rank(
-    xp: ModuleType, vectors: Array, alive: Array, queries: Array, rows: Array, k: int, metric: str
+    xp: ModuleType, vectors: Array, allowed: Array | None, queries: Array, rows: Array, k: int, metric: str
 ) -> tuple[Array, Array]:
     """Score candidate rows exactly and put the best first.
 
@@ -36,11 +39,11 @@ def rank(
     ----------
     xp : module
         numpy or cupy.
-    vectors : float32 (n, dim)
-    alive : bool (n,)
+    vectors : float32 or float16, (n, dim)
+    allowed : bool (n,), or None for all
     queries : float32 (q, dim)
     rows : any integers, (q, r)
-        Candidates, none twice; what is no live row is ignored.
+        Candidates, none twice; what is no allowed row is ignored.
     k : int
     metric : one of `headrace.gpu.backend.METRICS`
 
@@ -48,13 +51,21 @@ def rank(
     -------
     scores : float32 (q, k)
     rows : int64 (q, k)
-        As in `headrace.gpu.backend.Flat.search`.
+        As in `headrace.gpu.backend.Exact.search`.
     """
+    step = max(1, _MOST_NUMBERS // max(1, rows.shape[1] * vectors.shape[1]))
+    if len(queries) > step:
+        parts = [
+            rank(xp, vectors, allowed, queries[start : start + step], rows[start : start + step], k, metric)
+            for start in range(0, len(queries), step)
+        ]
+        return xp.concatenate([scores for scores, _ in parts]), xp.concatenate([best for _, best in parts])
     rows = rows.astype(xp.int64)
     usable = (rows >= 0) & (rows < len(vectors))
     rows = xp.where(usable, rows, 0)
-    usable &= alive[rows]
-    candidates = vectors[rows]
+    if allowed is not None:
+        usable &= allowed[rows]
+    candidates = vectors[rows].astype(xp.float32, copy=False)
     if metric == "l2":
         gaps = candidates - queries[:, None, :]
         values = -xp.einsum("qrd,qrd->qr", gaps, gaps)

@@ -1,4 +1,4 @@
-"""What travels in one apply call, and what a row is: plain columns, no behaviour.
+"""What travels into a store and out of it, and what a row is: plain columns, no behaviour.
 
 A *version* is a record's place in the log: ``(topic partition, offset)``. One id normally comes from one topic
 partition, so two versions of it compare by offset; an id that arrives from two is decided by Kafka's timestamp and
@@ -7,8 +7,7 @@ counted.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DELETED", "Action", "Batch", "Id", "row_hash"]
+__all__ = ["DELETED", "Action", "Applied", "Batch", "Found", "Id", "StoredRow"]
 
 Id = str | int
 """The user's own key."""
@@ -66,7 +65,43 @@ class Batch:
         return len(self.ids)
 
 
-def row_hash(row_id: Id, topic_partition: int, offset: int) -> int:
-    """64 bits of ``(id, version)``, the same in every process; sums of it are an order-free digest."""
-    key = f"{type(row_id).__name__}:{row_id}\0{topic_partition}:{offset}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an apply did.
+
+    Attributes
+    ----------
+    inserted, removed : int
+        Rows; one that was replaced counts as both.
+    foreign : int
+        Records decided by timestamp, because their id was known from another topic partition.
+    missing : tuple of int
+        Positions in the batch of the rows to send again with their vectors.
+    """
+
+    inserted: int
+    removed: int
+    foreign: int
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """One row as it is read: by a search, by id, or in a scan; `vector` only where it was asked for."""
+
+    id: Id
+    topic_partition: int
+    offset: int
+    timestamp: int
+    cell: int
+    attributes: dict[str, Any]
+    vector: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Answer to a batch of queries: for each, rows best first and their scores; and the view's stamp."""
+
+    rows: list[list[StoredRow]]
+    scores: list[list[float]]
+    stamp: Mapping[int, int]

@@ -1,14 +1,13 @@
-"""Rows side by side: one growing segment that is appended to, and sealed ones that never change.
+"""Rows side by side: growing segments that are appended to, and sealed ones that never change.
 
-Both keep the same columns. What may still change about a row after it was written, whether it is alive and its cell's
-number, lives in a `SegmentView`, replaced as a whole, never edited: a search that holds a view sees one moment of the
-store.
+Both keep the same columns. What may still change about a row, whether it is alive and its cell's number, lies beside
+them (`headrace.gpu.marks`). A `SegmentView` is one moment of both: a search that holds one sees that moment.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,34 +15,45 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.gpu.backend import Array, Backend
+from headrace.gpu.buffers import Buffer
+from headrace.gpu.calibrate import Calibration
+from headrace.gpu.columns import Columns
+from headrace.gpu.ids import IdColumn
+from headrace.gpu.index_spec import BuildParams
 from headrace.gpu.rows import Id
+from headrace.gpu.versions import VersionBuffer, Versions
 
-__all__ = ["Growing", "Sealed", "Segment", "SegmentView", "take"]
+__all__ = ["Growing", "Sealed", "Segment", "SegmentView", "View"]
 
 _serial = itertools.count(1)
 
 
 class Segment:
-    """The columns that every segment has; whatever changes them happens under the store's lock."""
+    """The columns that every segment has.
 
-    def __init__(self, capacity: int) -> None:
+    Attributes
+    ----------
+    serial : int
+        Of this segment in this process; no two have the same.
+    ids : IdColumn
+    columns : Columns
+        Attributes.
+    """
+
+    ids: IdColumn
+    columns: Columns
+
+    def __init__(self) -> None:
         self.serial = next(_serial)
-        self.count = 0
-        self.ids = np.empty(capacity, dtype=object)
-        self.topic_partitions = np.zeros(capacity, dtype=np.int32)
-        self.offsets = np.zeros(capacity, dtype=np.int64)
-        self.timestamps = np.zeros(capacity, dtype=np.int64)
-        self.attributes: dict[str, npt.NDArray[np.object_]] = {}
 
-    def version(self, row: int) -> tuple[int, int, int]:
-        """Topic partition, offset and timestamp of a row."""
-        return int(self.topic_partitions[row]), int(self.offsets[row]), int(self.timestamps[row])
+    @property
+    def versions(self) -> Versions:
+        raise NotImplementedError
 
-    def attributes_of(self, row: int) -> dict[str, Any]:
-        """The attributes that a row has."""
-        return {name: value for name, column in self.attributes.items() if (value := column[row]) is not None}
-
-    def search(self, alive: npt.NDArray[np.bool_], queries: Array, k: int, effort: int) -> tuple[Array, Array]:
+    def search(
+        self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
+    ) -> tuple[Array, Array]:
+        """The `k` best allowed ones of the first `rows` rows; see `headrace.gpu.backend.IndexKind.search`."""
         raise NotImplementedError
 
     def vectors_of(self, rows: npt.NDArray[np.int64]) -> Array:
@@ -51,103 +61,129 @@ class Segment:
         raise NotImplementedError
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes by purpose. Attribute values themselves are Python objects and are not counted."""
-        columns = self.topic_partitions.nbytes + self.offsets.nbytes + self.timestamps.nbytes + self.ids.nbytes
-        return {"columns": columns + sum(column.nbytes for column in self.attributes.values())}
+        """Bytes by purpose: vectors (links, codes, centroids), ids, columns, versions."""
+        return {"ids": self.ids.nbytes, "columns": self.columns.nbytes}
 
 
 class Growing(Segment):
-    """Newest rows, searched exactly; a row can be found as soon as a view with it is published."""
+    """Newest rows, searched exactly; a row can be found as soon as a view with it is published.
 
-    def __init__(self, backend: Backend, dim: int, metric: str, capacity: int = 1024) -> None:
-        super().__init__(capacity)
-        self._backend, self._dim, self._metric = backend, dim, metric
-        self._vectors = backend.xp.empty((capacity, dim), dtype=backend.xp.float32)
+    Parameters
+    ----------
+    backend : Backend
+    dim : int
+    metric : str
+    dtype : {"float32", "float16"}
+        How vectors are kept.
+    ids : {"string", "integer"}
+    expected : int
+        Rows that will probably come.
+    """
+
+    def __init__(self, backend: Backend, dim: int, metric: str, dtype: str, ids: str, expected: int) -> None:
+        super().__init__()
+        self._backend, self._metric = backend, metric
+        self.ids = IdColumn(ids)
+        self.columns = Columns(backend.xp)
+        self._versions = VersionBuffer(expected)
+        self._vectors = Buffer(backend.xp, dtype, (dim,), expected=expected)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    @property
+    def versions(self) -> Versions:
+        return self._versions.all
 
     def append(
         self,
         ids: Sequence[Id],
-        topic_partitions: npt.NDArray[np.int32],
-        offsets: npt.NDArray[np.int64],
-        timestamps: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+        versions: Versions,
         vectors: Array,
-        attributes: dict[str, Sequence[Any]],
+        attributes: Mapping[str, Sequence[Any]],
     ) -> int:
-        """Write rows behind the last one; returns the first one's number.
+        """Write rows behind the last one, under the store's lock; returns the first one's number.
 
-        Rows that a published view covers are never written again: a buffer that is too small is copied, and older views
-        keep the old one.
+        Raises
+        ------
+        RecordError
+            An attribute is not of its column's kind; nothing has been written.
         """
-        first, last = self.count, self.count + len(ids)
-        self._reserve(last)
-        self.ids[first:last] = ids
-        self.topic_partitions[first:last] = topic_partitions
-        self.offsets[first:last] = offsets
-        self.timestamps[first:last] = timestamps
-        self._vectors[first:last] = self._backend.xp.asarray(vectors, dtype=self._backend.xp.float32)
-        for name, values in attributes.items():
-            if name not in self.attributes:
-                # A new dictionary: searches walk through the old one without the lock.
-                self.attributes = self.attributes | {name: np.full(len(self.ids), None, dtype=object)}
-            column = self.attributes[name]
-            for row, value in enumerate(values, first):
-                column[row] = value
-        self.count = last
+        first = len(self)
+        self.columns.append(attributes, len(ids))
+        self.ids.append(ids, hashes)
+        self._versions.append(versions)
+        self._vectors.append(self._backend.xp.asarray(vectors))
         return first
 
-    def _reserve(self, rows: int) -> None:
-        capacity = len(self.ids)
-        if rows <= capacity:
-            return
-        capacity = max(rows, 2 * capacity)
-        for name in ("ids", "topic_partitions", "offsets", "timestamps"):
-            old = getattr(self, name)
-            new = np.empty(capacity, dtype=old.dtype)
-            new[: self.count] = old[: self.count]
-            setattr(self, name, new)
-        for name, old in self.attributes.items():
-            column = np.full(capacity, None, dtype=object)
-            column[: self.count] = old[: self.count]
-            self.attributes[name] = column
-        vectors = self._backend.xp.empty((capacity, self._dim), dtype=self._backend.xp.float32)
-        vectors[: self.count] = self._vectors[: self.count]
-        self._vectors = vectors
+    def growth(self, more: int) -> int:
+        """Bytes that the fixed columns of `more` rows will take; ids and attributes not counted."""
+        return self._vectors.growth(more) + self._versions.growth(more)
 
-    def search(self, alive: npt.NDArray[np.bool_], queries: Array, k: int, effort: int) -> tuple[Array, Array]:
-        rows = len(alive)
-        xp = self._backend.xp
-        return self._backend.flat.search(self._vectors[:rows], xp.asarray(alive), queries, k, self._metric)
+    def search(
+        self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
+    ) -> tuple[Array, Array]:
+        return self._backend.exact.search(self._vectors.first(rows), allowed, queries, k, self._metric)
 
     def vectors_of(self, rows: npt.NDArray[np.int64]) -> Array:
-        return self._vectors[self._backend.xp.asarray(rows)]
+        xp = self._backend.xp
+        return self._vectors.take(xp.asarray(rows)).astype(xp.float32, copy=False)
 
     def nbytes(self) -> dict[str, int]:
-        return super().nbytes() | {"vectors": int(self._vectors.nbytes)}
+        return {"vectors": self._vectors.nbytes, "versions": self._versions.nbytes, **super().nbytes()}
 
 
 class Sealed(Segment):
-    """Rows that never change again, behind a graph index that holds their vectors."""
+    """Rows that never change again, behind an index that keeps their vectors.
 
-    def __init__(self, backend: Backend, rows: int) -> None:
-        super().__init__(rows)
-        self._backend = backend
-        self._index: Any = None
-        self.count = rows
+    Parameters
+    ----------
+    backend : Backend
+    params : BuildParams
+        What `index` was built by.
+    index : Any
+        Of ``backend.kinds[params.kind]``.
+    calibration : Calibration
+        Recall by effort of this very index.
+    ids, versions, columns
+        Row r is row r of the index.
+    """
 
-    def adopt(self, index: Any) -> None:
-        """Take the index that was built over this segment's rows; once, before anybody sees the segment."""
-        self._index = index
+    def __init__(
+        self,
+        backend: Backend,
+        params: BuildParams,
+        index: Any,
+        calibration: Calibration,
+        ids: IdColumn,
+        versions: Versions,
+        columns: Columns,
+    ) -> None:
+        super().__init__()
+        self._kind = backend.kinds[params.kind]
+        self._xp = backend.xp
+        self.params, self.index, self.calibration = params, index, calibration
+        self.ids, self._versions, self.columns = ids, versions, columns
+        self._size = {**self._kind.nbytes(index), "versions": versions.nbytes, **super().nbytes()}
 
-    def search(self, alive: npt.NDArray[np.bool_], queries: Array, k: int, effort: int) -> tuple[Array, Array]:
-        return self._backend.graph.search(
-            self._index, self._backend.xp.asarray(alive), queries, k, effort=max(effort, k)
-        )
+    def __len__(self) -> int:
+        return len(self._versions)
+
+    @property
+    def versions(self) -> Versions:
+        return self._versions
+
+    def search(
+        self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
+    ) -> tuple[Array, Array]:
+        return self._kind.search(self.index, allowed, queries, k, effort=self.calibration.effort(recall_target))
 
     def vectors_of(self, rows: npt.NDArray[np.int64]) -> Array:
-        return self._backend.graph.vectors(self._index, self._backend.xp.asarray(rows))
+        return self._kind.vectors(self.index, self._xp.asarray(rows))
 
     def nbytes(self) -> dict[str, int]:
-        return super().nbytes() | {"index": self._backend.graph.nbytes(self._index)}
+        return dict(self._size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,29 +196,29 @@ class SegmentView:
     alive : bool (n,)
         n is the number of rows that existed at that moment.
     cells : int32 (n,)
+    live : int
+        How many are alive.
     """
 
     segment: Segment
     alive: npt.NDArray[np.bool_]
     cells: npt.NDArray[np.int32]
-
-    @property
-    def live(self) -> int:
-        return int(np.count_nonzero(self.alive))
+    live: int
 
 
-def take(sources: Sequence[tuple[Segment, npt.NDArray[np.int64]]], backend: Backend, target: Segment) -> Array:
-    """Copy chosen rows of several segments into `target`'s columns, in order; returns vectors, float32 (n, dim)."""
-    parts = []
-    at = 0
-    for segment, rows in sources:
-        end = at + len(rows)
-        for name in ("ids", "topic_partitions", "offsets", "timestamps"):
-            getattr(target, name)[at:end] = getattr(segment, name)[rows]
-        for name, column in segment.attributes.items():
-            if name not in target.attributes:
-                target.attributes[name] = np.full(len(target.ids), None, dtype=object)
-            target.attributes[name][at:end] = column[rows]
-        parts.append(segment.vectors_of(rows))
-        at = end
-    return backend.xp.concatenate(parts)
+@dataclass(frozen=True, slots=True)
+class View:
+    """One moment of a store.
+
+    Attributes
+    ----------
+    segments : tuple of SegmentView
+    stamp : mapping of int to int
+        What the writer said it had applied: topic partition to first offset not applied yet.
+    rows : int
+        Live rows.
+    """
+
+    segments: tuple[SegmentView, ...]
+    stamp: Mapping[int, int]
+    rows: int

@@ -29,20 +29,18 @@ if TYPE_CHECKING:
         ConfigError,
         ConsistencyTimeout,
         EncoderError,
+        FilterError,
         HeadraceError,
         ProduceError,
         RecordError,
         StaleEpoch,
+        StoreFull,
         TopicError,
     )
-    from headrace.pipeline.client import (
-        AsyncCollection,
-        AsyncDatabase,
-        Collection,
-        Database,
-        connect,
-        connect_async,
-    )
+    from headrace.gpu.index_spec import IndexSpec
+    from headrace.pipeline.client import Collection, Database
+    from headrace.pipeline.client_async import AsyncCollection, AsyncDatabase
+    from headrace.pipeline.connecting import connect, connect_async
     from headrace.pipeline.results import Hit, Hits, Row, Verification, Write, bounded
     from headrace.streams.broker import EmbeddedBroker
 
@@ -63,13 +61,16 @@ __all__ = [
     "Database",
     "EmbeddedBroker",
     "EncoderError",
+    "FilterError",
     "HeadraceError",
     "Hit",
     "Hits",
+    "IndexSpec",
     "ProduceError",
     "RecordError",
     "Row",
     "StaleEpoch",
+    "StoreFull",
     "TopicError",
     "Verification",
     "Write",
@@ -80,14 +81,10 @@ __all__ = [
 ]
 
 _PLACES = {
-    "headrace.pipeline.client": (
-        "AsyncCollection",
-        "AsyncDatabase",
-        "Collection",
-        "Database",
-        "connect",
-        "connect_async",
-    ),
+    "headrace.gpu.index_spec": ("IndexSpec",),
+    "headrace.pipeline.client": ("Collection", "Database"),
+    "headrace.pipeline.client_async": ("AsyncCollection", "AsyncDatabase"),
+    "headrace.pipeline.connecting": ("connect", "connect_async"),
     "headrace.pipeline.results": ("Hit", "Hits", "Row", "Verification", "Write", "bounded"),
     "headrace.streams.broker": ("EmbeddedBroker",),
 }

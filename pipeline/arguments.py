@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
 from headrace.gpu.errors import ConfigError, RecordError
+from headrace.gpu.index_spec import KINDS, IndexSpec, build_params
 
-__all__ = ["check_ids", "seconds"]
+__all__ = ["check_ids", "index_spec", "seconds", "share"]
 
 _IDS = {"string": str, "integer": Integral}
 
@@ -41,3 +43,45 @@ def check_ids(ids: Any, kind: str, collection: str) -> list[Any]:
                 f"id {row_id!r} (number {position}) is no {kind}, and the ids of collection {collection!r} are"
             )
     return [int(row_id) for row_id in wanted] if kind == "integer" else wanted
+
+
+def share(name: str, value: Any) -> float | None:
+    """A number above 0 and at most 1, or None; raises `ConfigError`."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ConfigError(f"{name}={value!r} cannot be: give a number above 0 and at most 1, such as 0.95")
+    return float(value)
+
+
+def index_spec(dim: int, index: Any, dtype: Any, recall_target: Any) -> IndexSpec:
+    """What a new collection's index is to be; raises `ConfigError`.
+
+    Parameters
+    ----------
+    dim : int
+        Of the collection's vectors.
+    index : str, IndexSpec, mapping or None
+        A kind, all of it, or some fields.
+    dtype, recall_target
+        Instead of the index's own, unless None.
+    """
+    match index:
+        case None:
+            spec = IndexSpec()
+        case str():
+            spec = IndexSpec(kind=index)
+        case IndexSpec():
+            spec = index
+        case Mapping():
+            spec = IndexSpec.from_wire(index)
+        case _:
+            raise ConfigError(
+                f"index={index!r} cannot be: give {', '.join(KINDS)}, an IndexSpec or a dict of its fields"
+            )
+    if dtype is not None:
+        spec = replace(spec, dtype=dtype)
+    if (target := share("recall_target", recall_target)) is not None:
+        spec = replace(spec, recall_target=target)
+    build_params(spec, 1 << 20, dim)  # what does not fit is said now, not when the first segment is sealed
+    return spec

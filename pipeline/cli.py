@@ -15,9 +15,10 @@ import click
 
 from headrace.gpu.errors import HeadraceError
 from headrace.pipeline.cli_bench import bench
-from headrace.pipeline.cli_cluster import create, status, up
+from headrace.pipeline.cli_cluster import create, drop, status, up
 from headrace.pipeline.cli_common import Session, debug_option
 from headrace.pipeline.cli_demo import demo
+from headrace.pipeline.cli_drain import drain
 from headrace.pipeline.cli_records import ingest, produce, search
 
 __all__ = ["commands", "main"]
@@ -43,7 +44,7 @@ def commands() -> None:
     """
 
 
-for _command in (demo, up, create, produce, ingest, search, status, bench):
+for _command in (demo, up, create, produce, ingest, search, status, drain, drop, bench):
     commands.add_command(_command)
 
 

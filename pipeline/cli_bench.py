@@ -29,6 +29,7 @@ def bench(name: str | None, arguments: tuple[str, ...]) -> int:
     Examples:
       headrace bench
       headrace bench freshness --json freshness.json
+      headrace bench store --part search --part filters
     """
     root = Path(headrace.__file__).resolve().parent.parent
     found = benchmarks(root / "benchmarks")

@@ -12,7 +12,7 @@ import click
 from headrace.gpu.errors import ClusterError
 from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, shielded, table
 
-__all__ = ["create", "status", "up"]
+__all__ = ["create", "drop", "status", "up"]
 
 
 @click.command(cls=Command, short_help="Run a cluster on this machine.")
@@ -65,6 +65,26 @@ def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) 
 @click.option("--cells", type=click.IntRange(1), help="Units of placement and copying.  [default: as configured]")
 @click.option("--replicas", type=click.IntRange(1), help="Copies of each cell.  [default: as configured]")
 @click.option("--ids", default="string", show_default=True, type=click.Choice(["string", "integer"]))
+@click.option(
+    "--index",
+    default="graph",
+    show_default=True,
+    type=click.Choice(["graph", "flat", "ivf_pq"]),
+    help="A graph, an exact scan, or compressed codes.",
+)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "float16"]),
+    help="How vectors are kept; float16 takes half the memory.",
+)
+@click.option(
+    "--recall-target",
+    type=float,
+    metavar="SHARE",
+    help="Recall that a search must reach, such as 0.99.  [default: 0.95]",
+)
 @cluster_option
 @json_option
 def create(
@@ -75,6 +95,9 @@ def create(
     cells: int | None,
     replicas: int | None,
     ids: str,
+    index: str,
+    dtype: str,
+    recall_target: float | None,
     cluster: str,
     as_json: bool,
 ) -> None:
@@ -84,9 +107,8 @@ def create(
     Examples:
       headrace create docs --encoder minilm
       headrace create points --dim 128 --metric l2 --ids integer
+      headrace create many --dim 768 --index ivf_pq --dtype float16 --recall-target 0.9
     """
-    from dataclasses import asdict
-
     with connected(cluster) as database:
         collection = database.create_collection(
             name,
@@ -96,12 +118,38 @@ def create(
             cells=cells,
             replicas=replicas,
             ids=ids,
+            index=index,
+            dtype=dtype,
+            recall_target=recall_target,
         )
-        spec = asdict(collection.spec)
+        spec = collection.spec.to_wire()
     if as_json:
         click.echo(plain_json(spec))
     else:
-        table("", ["collection", name], [item for item in spec.items() if item[0] != "name"])
+        built = spec.pop("index")
+        shown = {"index": built.pop("kind"), **{each: value for each, value in built.items() if value is not None}}
+        facts = {each: value for each, value in spec.items() if each not in ("name", "uid")} | shown
+        table("", ["collection", name], list(facts.items()))
+
+
+@click.command(cls=Command, short_help="Drop a collection.")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@cluster_option
+def drop(name: str, yes: bool, cluster: str) -> None:
+    """Forget collection NAME and all its rows; its topic in Kafka stays, and a new collection can read it again.
+
+    \b
+    Examples:
+      headrace drop docs
+      headrace drop docs --yes
+    """
+    with connected(cluster) as database:
+        rows = database.collection(name).status()["rows"]
+        if not yes:
+            click.confirm(f"drop collection {name} and its {rows} rows?", abort=True)
+        database.drop_collection(name)
+    click.echo(f"collection {name} is dropped ({rows} rows)")
 
 
 @click.command(cls=Command, short_help="Show how collections are.")

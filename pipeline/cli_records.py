@@ -136,6 +136,10 @@ def ingest(name: str, broker: str, topic: str | None, format_: str, cluster: str
 @click.argument("query")
 @click.option("--limit", default=10, show_default=True, type=click.IntRange(1), help="How many to find.")
 @click.option(
+    "--filter", "filter_", metavar="CONDITION", help='Only records whose attributes pass: "price < 50 and not sold".'
+)
+@click.option("--recall-target", type=float, metavar="SHARE", help="Of this search, instead of the collection's.")
+@click.option(
     "--consistency",
     default="eventual",
     show_default=True,
@@ -143,7 +147,16 @@ def ingest(name: str, broker: str, topic: str | None, format_: str, cluster: str
 )
 @cluster_option
 @json_option
-def search(name: str, query: str, limit: int, consistency: str, cluster: str, as_json: bool) -> None:
+def search(
+    name: str,
+    query: str,
+    limit: int,
+    filter_: str | None,
+    recall_target: float | None,
+    consistency: str,
+    cluster: str,
+    as_json: bool,
+) -> None:
     """Find what is nearest to QUERY in collection NAME: a text, or a vector as a JSON list of numbers.
 
     \b
@@ -151,11 +164,14 @@ def search(name: str, query: str, limit: int, consistency: str, cluster: str, as
       headrace search docs "moving average of a series"
       headrace search docs "red shoes" --limit 3 --consistency strong --json
       headrace search points "[0.1, 0.2, 0.3]"
+      headrace search shoes "red" --filter "price < 50 and brand in ['a', 'b'] and not sold"
     """
     # Before the connection is made, so that what was typed wrong is told at once.
     wanted, asked = _level(consistency), _query(query)
     with connected(cluster) as database:
-        hits = database.collection(name).search(asked, limit=limit, consistency=wanted)
+        hits = database.collection(name).search(
+            asked, limit=limit, filter=filter_, recall_target=recall_target, consistency=wanted
+        )
     if as_json:
         found = [{"id": hit.id, "score": hit.score, "attributes": hit.attributes} for hit in hits]
         click.echo(plain_json({"hits": found, "offsets": hits.offsets}))
@@ -263,9 +279,12 @@ def _wait(collection: Collection, broker: str, topic: str) -> None:
                 click.echo(f"headrace: {alarm}", err=True)
         left = _left(state["workers"], wanted)
         if left != before:
-            click.echo(f"{total - left} of {total} records can be searched", err=True)
+            click.echo(f"{total - left} of {total} records are dealt with", err=True)
         before = left
         if not left:
+            dead = (state.get("ingest") or {}).get("dead_letters", 0)
+            told_dead = f"; {dead} of the collection's records are in the dead letters of its topic" if dead else ""
+            click.echo(f"all that was in the topic can be searched{told_dead}", err=True)
             return
 
 

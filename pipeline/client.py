@@ -1,147 +1,27 @@
-"""The public client: `connect`, `Database`, `Collection`; and `connect_async` for programs that await.
+"""The public client: `Database` and `Collection`.
 
 Every call here runs the asynchronous one of the same name on the Dask client's event loop and waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import atexit
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from headrace.cluster.state import CollectionSpec
-from headrace.gpu.errors import BackendError, ClusterError
-from headrace.pipeline import config
+from headrace.gpu.errors import ClusterError
+from headrace.gpu.index_spec import IndexSpec
 from headrace.pipeline.client_async import AsyncCollection, AsyncDatabase
-from headrace.pipeline.launch import cluster_options, plugins_from_config
 from headrace.pipeline.results import Consistency, Row, Rows, Verification, Write
 
-__all__ = ["AsyncCollection", "AsyncDatabase", "Collection", "Database", "connect", "connect_async"]
-
-_CONNECT_SECONDS = 10.0
+__all__ = ["Collection", "Database"]
 
 
-def connect(
-    address: str | None = None,
-    *,
-    workers: int = 2,
-    processes: bool = False,
-    backend: str | None = None,
-    dashboard: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    timeout: float = _CONNECT_SECONDS,
-) -> Database:
-    """Connect to a cluster, or start one.
-
-    Parameters
-    ----------
-    address : str, optional
-        ``"tcp://host:8786"`` of a running Dask scheduler; Headrace is put on it if it is not there yet. Without one, a
-        cluster is started that ends with this program.
-    workers : int
-        Of a cluster that is started.
-    processes : bool
-        Start workers as processes of their own, which Dask's nannies restart if they die; otherwise they live in
-        this process.
-    backend : {"auto", "host", "rapids"}, optional
-    dashboard : str, optional
-        ``":8787"`` for Dask's dashboard (needs bokeh).
-    host, port
-        Where the scheduler listens when `processes` is true; other hosts than the loopback need TLS.
-    timeout : float
-        Seconds to wait for a scheduler at `address`.
-
-    Raises
-    ------
-    ClusterError
-        No scheduler answers at `address`.
-    ConfigError
-        An option cannot be.
-    """
-    import distributed
-
-    config.check()
-    config.apply_dask_defaults()
-    if backend not in (None, "auto", "host", "rapids"):
-        raise BackendError(f"unknown backend {backend!r}: use 'auto', 'host' or 'rapids'")
-    owns: list[Any] = []
-    if address is None:
-        options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
-        try:
-            owns.append(distributed.LocalCluster(**options))  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise ClusterError(
-                f"no cluster could be started at {host}:{port} ({error.__cause__ or error}): is the port taken?"
-            ) from error
-    try:
-        dask_client = distributed.Client(  # type: ignore[no-untyped-call]
-            owns[0] if owns else address, direct_to_workers=True, timeout=timeout, set_as_default=False
-        )
-    except (OSError, ValueError, TimeoutError) as error:
-        for thing in owns:
-            thing.close()
-        raise _no_scheduler(address, error) from error
-    scheduler_plugin, worker_plugin = plugins_from_config(workers if owns else 1, backend)
-    try:
-        dask_client.register_plugin(scheduler_plugin)
-        dask_client.register_plugin(worker_plugin)
-    except BaseException:
-        for thing in (dask_client, *owns):
-            thing.close()
-        raise
-    return Database(AsyncDatabase(dask_client), owns)
-
-
-async def connect_async(
-    address: str | None = None,
-    *,
-    workers: int = 2,
-    processes: bool = False,
-    backend: str | None = None,
-    dashboard: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    timeout: float = _CONNECT_SECONDS,
-) -> AsyncDatabase:
-    """As `connect`, for programs that await: everything runs on the calling event loop."""
-    import distributed
-
-    config.check()
-    config.apply_dask_defaults()
-    if backend not in (None, "auto", "host", "rapids"):
-        raise BackendError(f"unknown backend {backend!r}: use 'auto', 'host' or 'rapids'")
-    owns: list[Any] = []
-    if address is None:
-        options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
-        owns.append(await distributed.LocalCluster(**options, asynchronous=True))  # type: ignore[no-untyped-call]
-    try:
-        dask_client = await distributed.Client(  # type: ignore[no-untyped-call]
-            owns[0] if owns else address,
-            direct_to_workers=True,
-            timeout=timeout,
-            set_as_default=False,
-            asynchronous=True,
-        )
-    except (OSError, ValueError, TimeoutError) as error:
-        for thing in owns:
-            await thing.close()
-        raise _no_scheduler(address, error) from error
-    scheduler_plugin, worker_plugin = plugins_from_config(workers if owns else 1, backend)
-    try:
-        await dask_client.register_plugin(scheduler_plugin)
-        await dask_client.register_plugin(worker_plugin)
-    except BaseException:
-        for thing in (dask_client, *owns):
-            await thing.close()
-        raise
-    return AsyncDatabase(dask_client, owns=owns)
-
-
-def _no_scheduler(address: str | None, error: Exception) -> ClusterError:
-    return ClusterError(
-        f"no Dask scheduler answers at {address} ({type(error).__name__}: {error}): start one with 'headrace up', "
-        "or check the address"
-    )
+def _sync(dask_client: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    if dask_client.status in ("closing", "closed"):
+        raise ClusterError("this connection has been closed: connect again")
+    return dask_client.sync(function, *args, **kwargs)
 
 
 class Database:
@@ -149,9 +29,11 @@ class Database:
 
     def __init__(self, asynchronous: AsyncDatabase, owns: Sequence[Any] = ()) -> None:
         self._async, self._owns, self._closed = asynchronous, owns, False
+        # A program that ends without `close` would otherwise take the workers apart in the middle of what they do.
+        atexit.register(self.close)
 
     def _sync(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._async.dask.sync(function, *args, **kwargs)
+        return _sync(self._async.dask, function, *args, **kwargs)
 
     @property
     def address(self) -> str:
@@ -173,6 +55,35 @@ class Database:
         """Workers that are ready: address to process id."""
         return self._sync(self._async.workers)  # type: ignore[no-any-return]
 
+    def drain(
+        self,
+        worker: str,
+        *,
+        undo: bool = False,
+        deadline: float = 600.0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Empty a worker, so that it can be stopped and nothing is missed; reads and writes go on meanwhile.
+
+        Parameters
+        ----------
+        worker : str
+            Its address, one of `workers`.
+        undo : bool
+            Let it have cells again.
+        deadline : float
+            Seconds to wait until it holds nothing.
+        progress : callable, optional
+            Told how many rows it still holds, a few times a second.
+
+        Raises
+        ------
+        ClusterError
+            There is no such worker, it is the last one that holds a collection, or it still holds rows at the deadline
+            (moving goes on then).
+        """
+        self._sync(self._async.drain, worker, undo=undo, deadline=deadline, progress=progress)
+
     def create_collection(
         self,
         name: str,
@@ -184,6 +95,9 @@ class Database:
         replicas: int | None = None,
         ids: str = "string",
         attributes: Mapping[str, str] | None = None,
+        index: str | IndexSpec | Mapping[str, Any] | None = None,
+        dtype: str | None = None,
+        recall_target: float | None = None,
     ) -> Collection:
         """Make a collection.
 
@@ -200,7 +114,15 @@ class Database:
         ids : {"string", "integer"}
         attributes : mapping of str to str, optional
             Kinds ("int", "float", "bool", "str") of attributes known beforehand; others take the kind of their first
-            value.
+            value. A filter may use them before the first record has come.
+        index : {"graph", "flat", "ivf_pq"}, IndexSpec or dict of its fields, optional
+            What finds the rows that have settled: a graph (HNSW or CAGRA); an exact scan; or compressed codes, scored
+            once more by the vectors that they stand for. "graph" if left out.
+        dtype : {"float32", "float16"}, optional
+            How vectors are kept; float16 takes half the memory.
+        recall_target : float, optional
+            Recall at 10 that a search must reach, above 0 and at most 1; 0.95 if left out. A search may ask for
+            another.
 
         Raises
         ------
@@ -216,6 +138,9 @@ class Database:
             replicas=replicas,
             ids=ids,
             attributes=attributes,
+            index=index,
+            dtype=dtype,
+            recall_target=recall_target,
         )
         return Collection(made, self._async.dask)
 
@@ -240,6 +165,7 @@ class Database:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         self._sync(self._async.disconnect, end_cluster=bool(self._owns))
         self._async.dask.close()
         for thing in self._owns:
@@ -259,7 +185,7 @@ class Collection:
         self._async, self._dask = asynchronous, dask_client
 
     def _sync(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._dask.sync(function, *args, **kwargs)
+        return _sync(self._dask, function, *args, **kwargs)
 
     @property
     def name(self) -> str:
@@ -313,7 +239,14 @@ class Collection:
         return self._sync(self._async.delete, ids, wait=wait, deadline=deadline)  # type: ignore[no-any-return]
 
     def search(
-        self, query: Any, *, limit: int = 10, consistency: Consistency = "session", deadline: float | None = None
+        self,
+        query: Any,
+        *,
+        limit: int = 10,
+        filter: str | None = None,
+        recall_target: float | None = None,
+        consistency: Consistency = "session",
+        deadline: float | None = None,
     ) -> Any:
         """The nearest rows to a text, a vector (dim,), or a batch of either.
 
@@ -321,6 +254,13 @@ class Collection:
         ----------
         query : str, array of float32 (dim,), list of str, or array (q, dim)
         limit : int
+        filter : str, optional
+            Only rows whose attributes pass, such as ``"price < 50 and brand in ['a', 'b'] and not sold"``; its
+            language is told in `headrace.gpu.filters`. A row without the attribute passes only ``is None``. A column
+            that no record has brought yet, and `attributes` did not name, is an error, in an empty collection too: a
+            name that was typed wrong would find nothing for ever.
+        recall_target : float, optional
+            Of this search, instead of the collection's: above 0 and at most 1.
         consistency : {"strong", "session", "bounded", "eventual"} or `bounded`
             What the answer must have applied: everything in Kafka now; this client's own writes; everything up to some
             milliseconds ago; or nothing in particular.
@@ -335,12 +275,22 @@ class Collection:
         ------
         ConsistencyTimeout
             What was asked for had not been applied in time; says what was missing.
+        FilterError
+            The filter cannot be read, or does not fit the columns; shows the place.
         RecordError
             The query is of another dimension, or not finite.
         ClusterError
             No copies answered.
         """
-        return self._sync(self._async.search, query, limit=limit, consistency=consistency, deadline=deadline)
+        return self._sync(
+            self._async.search,
+            query,
+            limit=limit,
+            filter=filter,
+            recall_target=recall_target,
+            consistency=consistency,
+            deadline=deadline,
+        )
 
     def get(
         self,
@@ -355,9 +305,16 @@ class Collection:
             self._async.get, ids, vectors=vectors, consistency=consistency, deadline=deadline
         )
 
-    def count(self, *, consistency: Consistency = "session", deadline: float | None = None) -> int:
-        """Live rows. While rows move between workers, a row that has two places may be counted twice."""
-        return self._sync(self._async.count, consistency=consistency, deadline=deadline)  # type: ignore[no-any-return]
+    def count(
+        self, *, filter: str | None = None, consistency: Consistency = "session", deadline: float | None = None
+    ) -> int:
+        """Live rows, or those that pass a filter; filter, consistency and errors as `search`.
+
+        While rows move between workers, a row that has two places may be counted twice.
+        """
+        return self._sync(  # type: ignore[no-any-return]
+            self._async.count, filter=filter, consistency=consistency, deadline=deadline
+        )
 
     def scan(self, *, worker: str | None = None, vectors: bool = False) -> Iterator[Row]:
         """All live rows, one copy of each cell; or every row that one `worker` (an address) holds.

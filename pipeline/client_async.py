@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -24,22 +25,22 @@ from headrace.cluster.wire import (
     offsets_to_wire,
     rows_from_wire,
 )
-from headrace.gpu.backend import METRICS
 from headrace.gpu.errors import (
     ClusterError,
     CollectionError,
     CollectionNotFound,
     ConfigError,
     HeadraceError,
-    RecordError,
 )
+from headrace.gpu.index_spec import IndexSpec
 from headrace.gpu.store import StoredRow
 from headrace.pipeline import config
-from headrace.pipeline.arguments import check_ids, seconds
-from headrace.pipeline.encoders import describe
+from headrace.pipeline.arguments import check_ids, index_spec, seconds, share
+from headrace.pipeline.queries import best, texts_in, vectors_in
 from headrace.pipeline.reads import Router
-from headrace.pipeline.results import Consistency, Hit, Hits, Row, Rows, Verification, Write
+from headrace.pipeline.results import Consistency, Hits, Row, Rows, Verification, Write
 from headrace.pipeline.rows_in import Record, delete_records, upsert_records
+from headrace.pipeline.specs import make_spec
 from headrace.pipeline.summary import summarise
 from headrace.streams.producer import RecordProducer
 from headrace.streams.topics import Offsets
@@ -90,10 +91,14 @@ class AsyncDatabase:
         replicas: int | None = None,
         ids: str = "string",
         attributes: Mapping[str, str] | None = None,
+        index: str | IndexSpec | Mapping[str, Any] | None = None,
+        dtype: str | None = None,
+        recall_target: float | None = None,
     ) -> AsyncCollection:
         """Make a collection; see `Database.create_collection`."""
         spec = make_spec(name, dim, metric, encoder, cells, replicas, ids, attributes)
-        await self._scheduler("create", spec=wire_spec(spec))
+        spec = replace(spec, index=index_spec(spec.dim, index, dtype, recall_target))
+        await self._scheduler("create", spec=spec.to_wire())
         if attributes:
             await self._scheduler("learn", collection=name, schema=dict(attributes))
         return await self.collection(name)
@@ -118,6 +123,32 @@ class AsyncDatabase:
     async def workers(self) -> dict[str, int]:
         """Workers that are ready: address to process id."""
         return dict((await self._scheduler("collections"))["workers"])
+
+    async def drain(
+        self,
+        worker: str,
+        *,
+        undo: bool = False,
+        deadline: float = 600.0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Have all that `worker` holds go to the others; see `Database.drain`."""
+        until = time.monotonic() + seconds("deadline", deadline, 600.0)
+        await self._scheduler("drain", worker=worker, undo=undo)
+        while not undo:
+            states = [await (await self.collection(name)).status() for name in await self.collections()]
+            shares = [share for state in states for share in state["workers"] if share["address"] == worker]
+            left = sum(share.get("rows", 0) for share in shares)
+            if progress is not None:
+                progress(left)
+            if not left and not any(state["moving"] for state in states):
+                return
+            if time.monotonic() >= until:
+                raise ClusterError(
+                    f"{worker} still holds {left} rows after {deadline:g} s; it goes on: ask again, or call it off "
+                    "with undo=True"
+                )
+            await asyncio.sleep(0.2)
 
     async def drop_collection(self, name: str) -> None:
         """Forget a collection and its rows; the topic in Kafka stays as it is."""
@@ -209,7 +240,8 @@ class AsyncCollection:
             await asyncio.sleep(0.02)
 
     async def upsert(self, frame: Any, *, wait: str | None = None, deadline: float = 10.0) -> Write:
-        return await self._write(upsert_records(frame, self.spec), wait, deadline)
+        schema = (await self._router.state()).schema
+        return await self._write(upsert_records(frame, self.spec, schema), wait, deadline)
 
     async def delete(self, ids: Iterable[str | int], *, wait: str | None = None, deadline: float = 10.0) -> Write:
         return await self._write(delete_records(ids, self.spec), wait, deadline)
@@ -257,11 +289,14 @@ class AsyncCollection:
         query: Any,
         *,
         limit: int = 10,
+        filter: str | None = None,
+        recall_target: float | None = None,
         consistency: Consistency = "session",
         deadline: float | None = None,
     ) -> Hits | list[Hits]:
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit < 1 << 31:
             raise ConfigError(f"limit={limit!r} cannot be: ask for a whole number, 1 or more")
+        recall_target = share("recall_target", recall_target)
         if isinstance(query, list | tuple) and not query:
             return []  # an empty batch
         deadline = seconds("deadline", deadline, config.get("search.deadline"))
@@ -272,62 +307,30 @@ class AsyncCollection:
             required = await needed
         finally:
             needed.cancel()
+        where = await self._router.filter(filter, required, max(0.001, until - time.monotonic()))
         answers = await self._router.ask_cover(
             "search",
             max(0.001, until - time.monotonic()),
             required,
             queries=floats_to_wire(vectors),
             limit=limit,
+            where=where and where.to_wire(),
+            recall_target=recall_target,
         )
         applied = _lowest(answers)
         hits = [
-            Hits(self._best([(a["rows"][at], a["scores"][at]) for a in answers], limit), applied)
+            Hits(best([(a["rows"][at], a["scores"][at]) for a in answers], limit, self.spec.metric), applied)
             for at in range(len(vectors))
         ]
         return hits[0] if single else hits
 
     async def _queries(self, query: Any, deadline: float) -> tuple[Vectors, bool]:
         """Query vectors, float32 (q, dim), normalised for cosine; and whether one was asked."""
-        single = isinstance(query, str)
-        if single or (isinstance(query, list | tuple) and query and all(isinstance(text, str) for text in query)):
-            if self.spec.encoder is None:
-                raise RecordError(
-                    f"collection {self.name!r} has no encoder: search it with a vector of {self.spec.dim} numbers"
-                )
-            texts = [query] if single else list(query)
-            answer = await self._router.ask_any("encode", deadline, encoder=self.spec.encoder, texts=texts)
-            return floats_from_wire(answer["vectors"]), single
-        try:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
-                vectors = np.asarray(query, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise RecordError(f"the query is neither a text nor a vector nor a list of either: {error}") from error
-        single = vectors.ndim == 1
-        vectors = np.atleast_2d(vectors)
-        if vectors.ndim != 2 or (len(vectors) and vectors.shape[1] != self.spec.dim):
-            raise RecordError(
-                f"the query has shape {np.shape(query)}, collection {self.name!r} holds vectors of "
-                f"{self.spec.dim} numbers"
-            )
-        if not np.isfinite(vectors).all():
-            raise RecordError("the query has numbers that are not finite: leave them out")
-        if self.spec.metric == "cosine":
-            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-            if not (norms > 0).all():
-                raise RecordError("the query is a zero vector, which has no direction to compare by cosine")
-            vectors = vectors / norms
-        return vectors, single
-
-    def _best(self, answers: list[tuple[Sequence[Any], Sequence[float]]], limit: int) -> list[Hit]:
-        """Merge workers' answers: the newer version of an id counts, then the score."""
-        newest: dict[str | int, tuple[StoredRow, float]] = {}
-        for wire, scores in answers:
-            for row, score in zip(rows_from_wire(wire), scores, strict=True):
-                if row is not None and (row.id not in newest or newest[row.id][0].offset < row.offset):
-                    newest[row.id] = row, score
-        sign = 1.0 if self.spec.metric == "l2" else -1.0
-        ranked = sorted(newest.values(), key=lambda pair: sign * pair[1])[:limit]
-        return [Hit(row.id, score, row.attributes, row.topic_partition, row.offset) for row, score in ranked]
+        texts = texts_in(query, self.spec)
+        if texts is None:
+            return vectors_in(query, self.spec)
+        answer = await self._router.ask_any("encode", deadline, encoder=self.spec.encoder, texts=texts)
+        return floats_from_wire(answer["vectors"]), isinstance(query, str)
 
     async def get(
         self,
@@ -347,10 +350,15 @@ class AsyncCollection:
             rows.append(_row(max(there, key=lambda row: row.offset)) if there else None)
         return Rows(rows, _lowest(answers))
 
-    async def count(self, *, consistency: Consistency = "session", deadline: float | None = None) -> int:
+    async def count(
+        self, *, filter: str | None = None, consistency: Consistency = "session", deadline: float | None = None
+    ) -> int:
         deadline = seconds("deadline", deadline, config.get("search.deadline"))
+        until = time.monotonic() + deadline
         required = await self._router.required(consistency, self._session, deadline)
-        answers = await self._router.ask_cover("count", deadline, required)
+        where = await self._router.filter(filter, required, deadline)
+        left = max(0.001, until - time.monotonic())
+        answers = await self._router.ask_cover("count", left, required, where=where and where.to_wire())
         sizes: dict[int, int] = {}
         for answer in answers:
             for cell, rows in answer["cell_sizes"]:
@@ -443,51 +451,6 @@ class AsyncCollection:
         if self._producer is not None:
             await asyncio.to_thread(self._producer.close)
             self._producer = None
-
-
-def make_spec(
-    name: str,
-    dim: int | None,
-    metric: str,
-    encoder: str | None,
-    cells: int | None,
-    replicas: int | None,
-    ids: str,
-    attributes: Mapping[str, str] | None,
-) -> CollectionSpec:
-    """Check a new collection's arguments; raises `ConfigError` or `EncoderError`."""
-    stamp = None
-    if encoder is not None:
-        info = describe(encoder)
-        stamp = info.stamp
-        if dim not in (None, info.dim):
-            raise ConfigError(
-                f"dim={dim} does not fit encoder {encoder!r}, whose vectors have {info.dim} numbers: leave dim out"
-            )
-        dim = info.dim
-    cells = config.get("cells") if cells is None else cells
-    replicas = config.get("replicas") if replicas is None else replicas
-    if not name or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise ConfigError(f"collection name {name!r} cannot be: use letters, digits, '.', '-' and '_'")
-    for what, number in (("dim", dim), ("cells", cells), ("replicas", replicas)):
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-            raise ConfigError(f"{what}={number!r} cannot be: give a whole number")
-    if dim is None or not 1 <= dim <= 65_536:
-        raise ConfigError(f"dim={dim} cannot be: give the vectors' length (1 to 65536), or an encoder")
-    if metric not in METRICS:
-        raise ConfigError(f"metric {metric!r} is not known: use one of {', '.join(METRICS)}")
-    if ids not in ("string", "integer"):
-        raise ConfigError(f"ids={ids!r} is not known: use 'string' or 'integer'")
-    if cells < 1 or replicas < 1:
-        raise ConfigError(f"cells={cells}, replicas={replicas} cannot be: give 1 or more of each")
-    for column, kind in (attributes or {}).items():
-        if kind not in ("int", "float", "bool", "str"):
-            raise ConfigError(f"attribute {column!r} cannot be a {kind!r}: use 'int', 'float', 'bool' or 'str'")
-    return CollectionSpec(name, dim, metric, stamp, cells, replicas, ids)
-
-
-def wire_spec(spec: CollectionSpec) -> dict[str, Any]:
-    return {field: getattr(spec, field) for field in ("name", "dim", "metric", "encoder", "cells", "replicas", "ids")}
 
 
 def _compare(state: CollectionState, answers: Mapping[str, Mapping[str, Any]]) -> Verification:

@@ -90,7 +90,7 @@ def get(key: str) -> Any:
     value = dask.config.get(f"headrace.{key}")
     _check_value(key, value, rules[key])
     unit = rules[key].get("format")
-    if unit:
+    if unit and value is not None:
         return _UNITS[unit][0](value)
     return dict(_flat(value)) if rules[key].get("type") == "object" else value
 
@@ -188,7 +188,7 @@ def _fault(value: Any, rule: Mapping[str, Any]) -> str:
         return words
     if not any(isinstance(value, _TYPES[kind]) for kind in kinds):
         return words
-    if convert is not None:
+    if convert is not None and value is not None:
         try:
             value = convert(value)
         except (ValueError, KeyError):

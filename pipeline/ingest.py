@@ -26,7 +26,7 @@ from headrace.cluster.fanout import Header, fan_out, part_for
 from headrace.cluster.replica import Replica
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
-from headrace.gpu.errors import ClusterError, EncoderError, HeadraceError, StaleEpoch
+from headrace.gpu.errors import ClusterError, EncoderError, HeadraceError, StaleEpoch, StoreFull
 from headrace.gpu.rows import DELETED
 from headrace.pipeline.metrics import Histogram
 from headrace.streams.batches import Decoded, RawBatch, RecordSpec, Refusal, keep_last
@@ -146,6 +146,7 @@ class Ingest:
         self._schema: Mapping[str, str] = dict(replica.state.schema)
         self._sending: dict[int, int] = {}
         self._sent = asyncio.Condition()
+        self._full: dict[str, str] = {}
         self._dead_letters: DeadLetters | None = None
         self.counts = dict.fromkeys(("records", "deletes", "dead_letters", "batches", "foreign"), 0)
         self.freshness = Histogram()
@@ -160,6 +161,7 @@ class Ingest:
             source.bootstrap,
             source.topic,
             f"headrace-{name}",
+            partitions=source.partitions,
             settings=reader,
             alarm=self._alarm,
             refuse=self._refuse,
@@ -224,14 +226,15 @@ class Ingest:
     async def close(self) -> None:
         await self.source.halt()
         if self._dead_letters is not None:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._dead_letters.close)
+            await asyncio.to_thread(self._dead_letters.close)
 
     def status(self) -> dict[str, Any]:
-        """Counters, lag and histograms (as `Histogram.to_wire`); plain msgpack types."""
+        """Counters, lag, workers that have no room, and histograms (as `Histogram.to_wire`); plain msgpack types."""
         return {
             **self.counts,
             "lag": self.source.lag,
             "rate": self._rate.now(),
+            "full": sorted(self._full),
             "freshness": self.freshness.to_wire(),
             "stages": {stage: histogram.to_wire() for stage, histogram in self.stages.items()},
         }
@@ -315,14 +318,16 @@ class Ingest:
 
     async def _everywhere(self, batch: MicroBatch, ranges: Mapping[int, tuple[int, int]]) -> None:
         """Apply to all workers of the newest state; whoever does not answer leaves the placement, and it is done
-        again.
+        again. A worker that is full stays: it is done again until there is room, and meanwhile the lag grows in Kafka.
         """
         assert batch.decoded is not None
         assert batch.vectors is not None
+        pause = self._settings.retry_delay
         while True:
             state = self._replica.state
             self._sending[state.epoch] = self._sending.get(state.epoch, 0) + 1
             failed: dict[str, str] = {}
+            full: dict[str, StoreFull] = {}
             try:
                 header = route(batch.raw, batch.decoded, batch.vectors, state, self._node.backend)
                 outcome = await fan_out(
@@ -336,7 +341,9 @@ class Ingest:
                     stable=self.source.stable,
                 )
                 failed = {worker: str(answer) for worker, answer in outcome.items() if isinstance(answer, ClusterError)}
-                if not failed:
+                full = {worker: answer for worker, answer in outcome.items() if isinstance(answer, StoreFull)}
+                if not failed and not full:
+                    self._full = {}
                     return
             except StaleEpoch:
                 pass  # a newer state is on its way; it is fetched below
@@ -346,7 +353,22 @@ class Ingest:
                     del self._sending[state.epoch]
                 async with self._sent:
                     self._sent.notify_all()
-            await self._newer_state(state, failed)
+            if full and not failed:
+                self._no_room(full)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, self._settings.retry_delay_max)
+            else:
+                await self._newer_state(state, failed)
+
+    def _no_room(self, full: Mapping[str, StoreFull]) -> None:
+        name = self._replica.state.spec.name
+        for worker in full.keys() - self._full.keys():
+            log.warning("collection %r: %s: %s; records wait in Kafka", name, worker, full[worker])
+            self._alarm(
+                f"{worker} reached its store.memory-limit and took no more rows: records waited in Kafka; add a worker "
+                "or raise the limit"
+            )
+        self._full = {worker: str(error) for worker, error in full.items()}
 
     async def _newer_state(self, state: CollectionState, failed: Mapping[str, str]) -> None:
         name = state.spec.name
@@ -361,10 +383,12 @@ class Ingest:
         await asyncio.sleep(0.005)
 
     def _local(self, *args: Any) -> Any:
-        applied = self._replica.apply(*args)
+        try:
+            applied = self._replica.apply(*args)
+        finally:  # also where there was no room: tidying up makes some
+            self._node.maintain(self._replica)
         if applied is not None:
             self.counts["foreign"] += applied.foreign
-        self._node.maintain(self._replica)
         return applied
 
     def _account(self, batch: MicroBatch) -> None:
@@ -412,7 +436,7 @@ class Ingest:
             raw.offsets[first.row],
             first.reason,
         )
-        await asyncio.get_running_loop().run_in_executor(self._executor, write)
+        await asyncio.to_thread(write)
 
     def _alarm(self, text: str) -> None:
         self._node.alarm(self._replica.state.spec.name, text)

@@ -9,6 +9,7 @@ from typing import Any
 from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.scheduler import HeadraceScheduler
 from headrace.gpu.errors import ConfigError
+from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
 from headrace.pipeline import config
 from headrace.pipeline.ingest import IngestSettings
@@ -49,8 +50,8 @@ def cluster_options(workers: int, *, processes: bool, dashboard: str | None, hos
     ConfigError
         As `check_host`; or `workers` is not at least 1.
     """
-    if workers < 1:
-        raise ConfigError(f"{workers} workers cannot hold anything: give 1 or more")
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise ConfigError(f"{workers!r} workers cannot hold anything: give a whole number, 1 or more")
     check_host(host)
     options: dict[str, Any] = {
         "n_workers": workers,
@@ -89,17 +90,27 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
     )
     store = StoreSettings(
         seal_rows=config.get("store.seal-rows"),
-        graph_degree=config.get("store.graph-degree"),
-        graph_effort=config.get("store.graph-effort"),
-        search_effort=config.get("store.search-effort"),
+        build_threads=config.get("store.build-threads"),
+        maintenance_memory=config.get("store.maintenance-memory"),
+        memory_limit=config.get("store.memory-limit"),
     )
     threads = config.get("encoder.threads") or max(1, (os.cpu_count() or 1) // workers)
     coordinator = CoordinatorSettings(
         min_rows=config.get("codebook.min-rows"),
         sample_rows=config.get("codebook.sample-rows"),
         iterations=config.get("codebook.iterations"),
+        survey=config.get("placement.survey"),
+        rebalance_rows=config.get("placement.rebalance-rows"),
+        silence=config.get("ingest.apply-deadline"),
     )
-    worker = HeadraceWorker(backend or config.get("backend"), store, ingest, threads)
+    gather = GatherSettings(
+        at_once=config.get("search.at-once"),
+        most=config.get("search.batch"),
+        window=config.get("search.batch-window"),
+    )
+    worker = HeadraceWorker(
+        backend or config.get("backend"), store, ingest, threads, gather, move_rate=config.get("placement.move-rate")
+    )
     return HeadraceScheduler(coordinator), worker
 
 

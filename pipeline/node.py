@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,10 +16,11 @@ from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import floats_to_wire, offsets_to_wire
 from headrace.cluster.worker import WorkerNode
 from headrace.gpu.errors import EncoderError
+from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
 from headrace.pipeline.encoders import load_encoder
+from headrace.pipeline.ends import Ends
 from headrace.pipeline.ingest import Encode, Ingest, IngestSettings
-from headrace.streams.topics import Offsets
 
 __all__ = ["HeadraceWorker"]
 
@@ -38,18 +38,29 @@ class HeadraceWorker(WorkerNode):
         store: StoreSettings | None = None,
         ingest: IngestSettings | None = None,
         encoder_threads: int | None = None,
+        gather: GatherSettings | None = None,
+        move_rate: float = 20_000.0,
     ) -> None:
         self._ingest_settings = ingest or IngestSettings()
-        super().__init__(backend, store, apply_deadline=self._ingest_settings.apply_deadline)
+        deadline = self._ingest_settings.apply_deadline
+        super().__init__(
+            backend,
+            store,
+            apply_deadline=deadline,
+            gather=gather,
+            move_rate=move_rate,
+        )
         self._encoder_threads = encoder_threads
 
     async def setup(self, worker: Any) -> None:
         self._ingests: dict[str, Ingest] = {}
         self._following: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._ends: dict[str, tuple[Offsets, float, dict[int, int]]] = {}
+        self._ends: dict[str, Ends] = {}
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="headrace-encode")
         self._querying = ThreadPoolExecutor(1, thread_name_prefix="headrace-query")
+        # Apart from each other: whoever waits for a broker that is away must not hold up what only computes.
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="headrace-decode")
         self._blocking = ThreadPoolExecutor(4, thread_name_prefix="headrace-kafka")
         await super().setup(worker)
 
@@ -57,7 +68,7 @@ class HeadraceWorker(WorkerNode):
         await super().teardown(worker)
         for task in list(self._tasks):
             task.cancel()
-        for pool in (self._encoding, self._querying, self._blocking):
+        for pool in (self._encoding, self._querying, self._decoding, self._blocking):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # -- following the state -------------------------------------------------------------------------------------------
@@ -86,7 +97,7 @@ class HeadraceWorker(WorkerNode):
                 encode = None if state.spec.encoder is None else self._encoder_of(state.spec.encoder, self._encoding)
                 if encode is not None:
                     await encode(["."])  # load the model now, not while the first record waits
-                ingest = Ingest(self, replica, encode, self._blocking, self._ingest_settings)
+                ingest = Ingest(self, replica, encode, self._decoding, self._ingest_settings)
                 self._ingests[name] = ingest
             if ingest is not None:
                 await ingest.follow(state)
@@ -145,19 +156,10 @@ class HeadraceWorker(WorkerNode):
         source = self.replica(collection).state.source
         if source is None:
             return {"offsets": []}
-        known = self._ends.get(collection)
-        if known is not None and time.monotonic() - known[1] <= max_age:
-            return {"offsets": offsets_to_wire(known[2])}
-        asked_at = time.monotonic()
-
-        def ask() -> tuple[Offsets, dict[int, int]]:
+        if collection not in self._ends:
             kafka = dict(self._ingest_settings.reader.kafka)
-            offsets = known[0] if known is not None else Offsets(source.bootstrap, source.topic, settings=kafka)
-            return offsets, offsets.latest()
-
-        offsets, ends = await asyncio.get_running_loop().run_in_executor(self._blocking, ask)
-        self._ends[collection] = offsets, asked_at, ends
-        return {"offsets": offsets_to_wire(ends)}
+            self._ends[collection] = Ends(source.bootstrap, source.topic, kafka, self._blocking)
+        return {"offsets": offsets_to_wire(await self._ends[collection].known(max_age))}
 
     async def on_ingest_status(self, collection: str) -> dict[str, Any]:
         ingest = self._ingests.get(collection)

@@ -30,6 +30,13 @@ def summarise(
         notes.append(f"{len(short)} of {len(state.cells)} cells have fewer than {state.spec.replicas} complete copies")
     if silent:
         notes.append(f"no answer from {', '.join(silent)}")
+    full = {str(worker["address"]) for worker in workers if worker.get("memory", {}).get("full")}
+    full.update(*(ingest["full"] for ingest in ingests))
+    if full:
+        notes.append(
+            f"{', '.join(sorted(full))} reached store.memory-limit: records wait in Kafka; add a worker or raise "
+            "the limit"
+        )
     sizes: dict[int, int] = {}
     for worker in workers:
         for cell, rows in worker.get("cell_sizes", ()):
@@ -51,7 +58,7 @@ def summarise(
         "topic": state.source and state.source.topic,
         "schema": dict(state.schema),
         "placement": {cell: list(holders) for cell, holders in state.copies.items()},
-        "workers": [_worker(worker) for worker in workers],
+        "workers": [_worker(worker, state) for worker in workers],
         "ingest": {
             **{
                 name: sum(ingest[name] for ingest in ingests)
@@ -63,8 +70,10 @@ def summarise(
     }
 
 
-def _worker(worker: Mapping[str, Any]) -> dict[str, Any]:
+def _worker(worker: Mapping[str, Any], state: CollectionState) -> dict[str, Any]:
     shown = {name: value for name, value in worker.items() if name != "cell_sizes"}
+    if worker["address"] in state.leaving and "rows" in worker:
+        shown["state"] = "draining" if worker["rows"] else "drained"
     if "watermarks" in shown:
         shown["watermarks"] = dict(shown["watermarks"])
         shown["segment_sizes"] = [dict(segment) for segment in shown["segments"]]

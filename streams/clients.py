@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError
 
 from headrace.gpu.errors import BrokerError
 
-__all__ = ["COMMON_SETTINGS", "KafkaLog", "no_broker", "retriable"]
+__all__ = ["COMMON_SETTINGS", "KafkaLog", "is_embedded", "no_broker", "retriable"]
 
 log = logging.getLogger("headrace.streams")
 
@@ -48,6 +48,11 @@ _PASSING = frozenset(
 def retriable(error: KafkaError) -> bool:
     """True if the same question may be answered a moment later: a broker is away, or a leader is moving."""
     return error.code() in _PASSING or error.retriable()
+
+
+def is_embedded(cluster_id: str | None) -> bool:
+    """True for the id of an `EmbeddedBroker`'s cluster, which librdkafka makes up of this word and a number."""
+    return (cluster_id or "").startswith("mockCluster")
 
 
 def no_broker(bootstrap: str, error: KafkaError) -> BrokerError:

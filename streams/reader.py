@@ -11,49 +11,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from headrace.streams.batches import RawBatch
-from headrace.streams.clients import COMMON_SETTINGS, KafkaLog
+from headrace.streams.commits import Commits
+from headrace.streams.consumer import ReaderSettings, connect
 
 __all__ = ["Reader", "ReaderSettings"]
 
 log = logging.getLogger("headrace.streams")
 
 _LOOK_AT_ENDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class ReaderSettings:
-    """How a topic is read.
-
-    Attributes
-    ----------
-    max_batch : int
-        Records of one micro-batch.
-    batches_in_flight, max_bytes_in_flight : int
-        Past either, nothing is taken from the consumer; its own queue fills, fetching stops, and the lag grows in
-        Kafka.
-    batches_not_passed : int, optional
-        The same for batches that `Reader.passed` has not been called for. With 1, records that come in while a slow
-        step is at work make up one batch together, and that step is done once for all of them.
-    fetch_wait, poll, commit_interval : float
-        Seconds.
-    kafka : dict of str to str
-        Further librdkafka settings.
-    """
-
-    max_batch: int = 256
-    batches_in_flight: int = 1
-    max_bytes_in_flight: int = 64 << 20
-    batches_not_passed: int | None = None
-    fetch_wait: float = 0.003
-    poll: float = 0.1
-    commit_interval: float = 0.2
-    kafka: Mapping[str, str] = field(default_factory=dict)
+_POLL_SLICE = 0.02
+"""Seconds: a transaction's marker does not end a poll, and is seen after it; a read may be waiting for just that."""
 
 
 class Reader:
@@ -93,6 +65,8 @@ class Reader:
         self._ends_at = 0.0
         self._gaps: dict[int, int] = {}
         self._has_gaps: set[int] = set()
+        self._unplaced: set[int] = set()  # the consumer's position says nothing until something has come from there
+        self._commits = Commits(topic, self.settings.commit_interval)
         self._room = threading.Condition()
         self._batches = self._bytes = 0
         self._not_passed: set[int] = set()
@@ -121,14 +95,24 @@ class Reader:
 
         def order(consumer: Consumer) -> None:
             self._next = {tp: self._next.get(tp, start) for tp, start in starts.items()}
-            consumer.assign([TopicPartition(self.topic, tp, offset) for tp, offset in self._next.items()])
+            self._commits.assigned(self._next)
+            self._assign_all(consumer)
+
+        self._orders.put(order)
+
+    def begin_again(self) -> None:
+        """The topic is another than before: read all of it from where its logs begin."""
+
+        def order(consumer: Consumer) -> None:
+            self._next = {tp: self._bounds(consumer, tp, (0, 0))[0] for tp in self._next}
+            self._assign_all(consumer)
 
         self._orders.put(order)
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Tell Kafka that everything below these offsets is done; sent within `commit_interval`."""
         done = dict(offsets)
-        self._orders.put(lambda _: self._uncommitted.update(done))
+        self._orders.put(lambda _: self._commits.add(done))
 
     def passed(self, batch: RawBatch) -> None:
         """A batch is through the slow step (see `ReaderSettings.batches_not_passed`); again means nothing."""
@@ -151,48 +135,33 @@ class Reader:
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._uncommitted: dict[int, int] = {}
-        kafka_log = KafkaLog()
-        consumer = Consumer(
-            {
-                **COMMON_SETTINGS,
-                "bootstrap.servers": self._bootstrap,
-                "group.id": self._group,
-                "enable.auto.commit": "false",
-                "enable.auto.offset.store": "false",
-                "enable.partition.eof": "true",
-                "auto.offset.reset": "error",
-                "isolation.level": "read_committed",
-                "fetch.wait.max.ms": str(max(1, int(self.settings.fetch_wait * 1000))),
-                "fetch.queue.backoff.ms": "1",
-                "fetch.error.backoff.ms": "50",
-                "queued.max.messages.kbytes": "16384",
-                "max.poll.interval.ms": "86400000",  # assigned, not subscribed: back-pressure may take any time
-                **self.settings.kafka,
-            },
-            logger=kafka_log,
-        )
-        committed_at = time.monotonic()
+        consumer = None
         try:
-            while not self._stopping.is_set():
-                while not self._orders.empty():
-                    self._orders.get()(consumer)
-                if self._uncommitted and time.monotonic() - committed_at >= self.settings.commit_interval:
-                    self._commit(consumer, asynchronous=True)
-                    committed_at = time.monotonic()
+            consumer = connect(
+                self._bootstrap, self.topic, self._group, self.settings, self._commits.answered, self._stopping
+            )
+            while consumer is not None and not self._stopping.is_set():
+                self._carry_out_orders(consumer)
+                self._commits.send_if_due(consumer)
                 if not self._next:
                     self._stopping.wait(0.01)
                 elif self._wait_for_room():
                     self._pull(consumer)
+                else:  # the lag grows meanwhile, and is to be seen
+                    self._look_at_ends(consumer, time.time())
         except Exception:
             log.exception("reading topic %s has stopped", self.topic)
             self._alarm(f"reading topic {self.topic!r} has stopped on an unexpected error; see the worker's log")
             raise
         finally:
-            while not self._orders.empty():
-                self._orders.get()(consumer)
-            self._commit(consumer, asynchronous=False)
-            consumer.close()
+            if consumer is not None:
+                self._carry_out_orders(consumer)
+                self._commits.send_last(consumer)
+                consumer.close()
+
+    def _carry_out_orders(self, consumer: Consumer) -> None:
+        while not self._orders.empty():
+            self._orders.get()(consumer)
 
     def _wait_for_room(self) -> bool:
         with self._room:
@@ -209,26 +178,10 @@ class Reader:
             or (settings.batches_not_passed is not None and len(self._not_passed) >= settings.batches_not_passed)
         )
 
-    def _commit(self, consumer: Consumer, *, asynchronous: bool) -> None:
-        if not self._uncommitted:
-            return
-        places = [TopicPartition(self.topic, tp, offset) for tp, offset in self._uncommitted.items()]
-        self._uncommitted.clear()
-        try:
-            if asynchronous:
-                consumer.commit(offsets=places, asynchronous=True)
-            else:
-                consumer.commit(offsets=places, asynchronous=False)
-        except KafkaException as error:
-            # Commits only say how far we are; what must be read again is decided by the workers' watermarks.
-            log.warning("committing offsets of topic %s failed: %s", self.topic, error.args[0].str())
-
     def _pull(self, consumer: Consumer) -> None:
-        first = consumer.poll(self.settings.poll)
-        if first is None:
-            return
-        messages: list[Message] = [first]
-        if self.max_batch > 1:
+        first = consumer.poll(min(self.settings.poll, _POLL_SLICE))
+        messages: list[Message] = [] if first is None else [first]
+        if first is not None and self.max_batch > 1:
             messages += consumer.consume(self.max_batch - 1, 0)
         pulled = time.time()
         usable: list[Message] = []
@@ -248,10 +201,29 @@ class Reader:
                 continue
             ranges[tp] = (ranges[tp][0] if tp in ranges else expected, offset + 1)
             self._next[tp] = offset + 1
+            self._unplaced.discard(tp)
             usable.append(message)
+        self._pass_markers(consumer, ranges, again)
         self._look_at_ends(consumer, pulled)
         if ranges:
             self._give(usable, ranges, pulled)
+
+    def _pass_markers(self, consumer: Consumer, ranges: dict[int, tuple[int, int]], again: set[int]) -> None:
+        """Account for the markers of transactions, which take an offset each and are never handed over.
+
+        The consumer's own position has passed them. The end of the log would tell of them too, but only with the next
+        fetch, which a broker holds back while it has nothing.
+        """
+        places = [TopicPartition(self.topic, tp) for tp in self._next if tp not in self._unplaced and tp not in again]
+        for place in consumer.position(places) if places else ():
+            expected = self._next[place.partition]
+            if place.error is None and place.offset > expected:
+                self._account(place.partition, expected, place.offset, ranges)
+
+    def _account(self, tp: int, expected: int, until: int, ranges: dict[int, tuple[int, int]]) -> None:
+        """There is nothing for us from `expected` up to `until`."""
+        ranges[tp] = (ranges[tp][0] if tp in ranges else expected, until)
+        self._next[tp] = until
 
     def _look_at_ends(self, consumer: Consumer, now: float) -> None:
         """What the last fetch told of the log's ends; asks nobody."""
@@ -297,7 +269,7 @@ class Reader:
             offset - 1,
         )
         self._gaps[tp] = expected
-        consumer.seek(TopicPartition(self.topic, tp, expected))
+        self._go_to(consumer, tp)
         return True
 
     def _on_error(
@@ -312,39 +284,56 @@ class Reader:
         if code == KafkaError._PARTITION_EOF:
             # What lies between the last record and the end (transaction markers, compacted records) is accounted for.
             expected = self._next.get(tp)
-            if expected is not None and offset > expected and tp not in again:
-                ranges[tp] = (ranges[tp][0] if tp in ranges else expected, offset)
-                self._next[tp] = offset
+            if expected is not None and tp not in again and offset >= expected:
+                self._unplaced.discard(tp)
+                if offset > expected:
+                    self._account(tp, expected, offset, ranges)
         elif code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE) and tp in self._next:
             self._lost(consumer, tp, ranges)
         else:
             log.warning("topic %s: %s", self.topic, error.str())
 
     def _lost(self, consumer: Consumer, tp: int, ranges: dict[int, tuple[int, int]]) -> None:
-        place = TopicPartition(self.topic, tp)
         expected = self._next[tp]
-        try:
-            low, high = consumer.get_watermark_offsets(place, timeout=5.0, cached=False)
-        except KafkaException as error:
-            log.warning(
-                "topic %s, topic partition %d: asking for its offsets failed: %s", self.topic, tp, error.args[0].str()
-            )
-            low = high = expected
+        low, high = self._bounds(consumer, tp, (expected, expected))
         if expected < low:
             self._alarm(
                 f"topic {self.topic!r}, topic partition {tp}: offsets {expected} to {low - 1} were deleted from the "
                 "log before they were read; they are lost to the index unless it is rebuilt from another source"
             )
-            ranges[tp] = (expected, low)
+            ranges[tp] = (ranges[tp][0] if tp in ranges else expected, low)
         elif expected > high:
             self._alarm(
                 f"topic {self.topic!r}, topic partition {tp}: the log ends at offset {high}, below {expected} "
                 "which had been read: the topic was made anew or has lost records; drop the collection and build it "
                 "again"
             )
-        self._next[tp] = low if expected < low or expected > high else expected
-        place.offset = self._next[tp]
-        consumer.seek(place)
+        if not low <= expected <= high:
+            self._next[tp] = low
+        self._go_to(consumer, tp)
+
+    def _bounds(self, consumer: Consumer, tp: int, unknown: tuple[int, int]) -> tuple[int, int]:
+        """Where the log begins and ends, asked of the broker; `unknown` if it does not say."""
+        try:
+            return consumer.get_watermark_offsets(TopicPartition(self.topic, tp), timeout=5.0, cached=False)
+        except KafkaException as error:
+            log.warning(
+                "topic %s, topic partition %d: asking for its offsets failed: %s", self.topic, tp, error.args[0].str()
+            )
+            return unknown
+
+    def _go_to(self, consumer: Consumer, tp: int) -> None:
+        """Fetch on from where we are."""
+        self._unplaced.add(tp)
+        try:
+            consumer.seek(TopicPartition(self.topic, tp, self._next[tp]))
+        except KafkaException:
+            # It is not being fetched: so Apache Kafka's "out of range" leaves it. Assigning begins everything anew.
+            self._assign_all(consumer)
+
+    def _assign_all(self, consumer: Consumer) -> None:
+        self._unplaced = set(self._next)
+        consumer.assign([TopicPartition(self.topic, tp, offset) for tp, offset in self._next.items()])
 
 
 def _place(message: Message) -> tuple[int, int]:

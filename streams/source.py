@@ -20,6 +20,7 @@ from streamz.sources import Source
 from headrace.gpu.errors import CollectionNotFound, HeadraceError
 from headrace.streams.batches import RawBatch
 from headrace.streams.reader import Reader, ReaderSettings
+from headrace.streams.topic_watch import TopicWatch
 from headrace.streams.watermark import OffsetTracker
 
 __all__ = ["from_kafka_log", "stage"]
@@ -63,9 +64,11 @@ class from_kafka_log(Source):  # type: ignore[misc]
     Parameters
     ----------
     bootstrap, topic, group : str
+    partitions : int, optional
+        Topic partitions that the topic should have: with it, the topic itself is watched (see `TopicWatch`).
     settings : ReaderSettings, optional
     alarm : callable, optional
-        Called on the event loop with a sentence when offsets were lost.
+        Called on the event loop with a sentence when offsets were lost, or the topic is not what it was.
     refuse : async callable, optional
         Called with a batch of one record and a reason when the graph fails on it again and again for no foreseen
         reason.
@@ -84,6 +87,7 @@ class from_kafka_log(Source):  # type: ignore[misc]
         topic: str,
         group: str,
         *,
+        partitions: int | None = None,
         settings: ReaderSettings | None = None,
         alarm: Callable[[str], None] | None = None,
         refuse: Callable[[RawBatch, str], Awaitable[None]] | None = None,
@@ -108,11 +112,23 @@ class from_kafka_log(Source):  # type: ignore[misc]
             alarm=lambda text: _on_loop(loop, call_alarm, text),
             settings=settings,
         )
+        self._watch: TopicWatch | None = None
+        if partitions is not None:
+            self._watch = TopicWatch(
+                bootstrap,
+                topic,
+                partitions,
+                alarm=lambda text: _on_loop(loop, call_alarm, text),
+                made_anew=self.reader.begin_again,
+                settings=settings.kafka if settings else None,
+            )
 
     def start(self) -> None:
         if self.stopped:
             self.stopped, self.started = False, True
             self.reader.start()
+            if self._watch is not None:
+                self._watch.start()
 
     async def halt(self) -> None:
         """End reading; batches under way are given up (they will be read again by whoever takes over)."""
@@ -120,7 +136,8 @@ class from_kafka_log(Source):  # type: ignore[misc]
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self.reader.stop)
+        ends = [self.reader.stop] if self._watch is None else [self.reader.stop, self._watch.stop]
+        await asyncio.gather(*(asyncio.to_thread(end) for end in ends))
 
     def assign(self, starts: dict[int, int]) -> None:
         """Read exactly these topic partitions; new ones from the offset given."""

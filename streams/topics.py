@@ -80,7 +80,8 @@ class Offsets:
     def latest(self, deadline: float = 5.0) -> dict[int, int]:
         """Topic partition to its end: the next offset that a consumer could be given (no open transaction's).
 
-        Whatever Kafka had acknowledged when this was called lies below.
+        Whatever Kafka had acknowledged when this was called lies below. While a transaction is open, it and all that
+        was written after it lie above: no reader of committed records is given them before it ends.
         """
         return self._ask(OffsetSpec.latest(), deadline)  # type: ignore[no-untyped-call]
 

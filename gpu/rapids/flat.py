@@ -1,28 +1,91 @@
-"""Exact search with cuVS."""
+"""The exact index kind: the vectors themselves. See `headrace.gpu.backend.IndexKind`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cupy as cp
-from cuvs.neighbors import brute_force, filters
 
-from headrace.gpu import ranking
+from headrace.gpu import archive
+from headrace.gpu.host import flat as host
+from headrace.gpu.index_spec import BuildParams
+from headrace.gpu.rapids import kept, scan
 
-__all__ = ["search"]
+__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
 
 Array = Any
 
 
-def search(vectors: Array, alive: Array, queries: Array, k: int, metric: str) -> tuple[Array, Array]:
-    """The `k` best live rows for each query; see `headrace.gpu.backend.Flat.search`."""
-    live = int(cp.count_nonzero(alive))
-    # What cuVS returns where fewer rows are alive than asked for is not written down, so it is never asked for more.
-    found = min(k, live)
-    if found == 0 or len(queries) == 0:
-        return ranking.nothing_found(cp, len(queries), k, metric)
-    vectors, queries = cp.ascontiguousarray(vectors), cp.ascontiguousarray(queries)
-    index = brute_force.build(vectors, metric="sqeuclidean" if metric == "l2" else "inner_product")
-    allowed = filters.from_bitset(ranking.bitset(cp, alive)) if live < len(vectors) else None
-    _, rows = brute_force.search(index, queries, found, prefilter=allowed)
-    return ranking.rank(cp, vectors, alive, queries, cp.asarray(rows), k, metric)
+@dataclass(frozen=True, slots=True, eq=False)
+class Index:
+    """The kept vectors.
+
+    Attributes
+    ----------
+    metric : one of `headrace.gpu.backend.METRICS`
+    rows : float32 or float16, (n, dim)
+    prepared : cuvs.neighbors.brute_force.Index or None
+        By `scan.prepare`, where the rows are float32.
+    """
+
+    metric: str
+    rows: Array
+    prepared: Any
+
+
+def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1) -> Index:
+    """Keep the vectors: a copy where they have another dtype or are not row by row, else the array itself.
+
+    Raises
+    ------
+    BackendError
+        There are no vectors, or a number is too large for float16.
+    """
+    return _over(kept.stored(vectors, params.dtype), metric)
+
+
+def search(index: Index, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
+    """Exact, whatever the effort; see `headrace.gpu.rapids.scan`."""
+    return scan.search(index.rows, index.prepared, allowed, queries, k, index.metric)
+
+
+def efforts(index: Index, k: int) -> tuple[int, ...]:
+    """There is only one."""
+    return (0,)
+
+
+def vectors(index: Index, rows: Array) -> Array:
+    """The kept vectors of `rows`, float32 (r, dim), as a copy."""
+    return index.rows[rows].astype(cp.float32, copy=False)
+
+
+def nbytes(index: Index) -> dict[str, int]:
+    """Bytes on the device by purpose: only vectors, for l2 with their lengths."""
+    lengths = 4 * len(index.rows) if index.metric == "l2" and index.prepared is not None else 0
+    return {"vectors": int(index.rows.nbytes) + lengths}
+
+
+def save(index: Index, path: Path) -> None:
+    """Write the index to `path`; raises `BackendError` if it cannot be written."""
+    archive.write(path, "flat", index.metric, cp.asnumpy(index.rows))
+
+
+def load(path: Path) -> Index:
+    """Read an index written by `save`, here or by the host.
+
+    Raises
+    ------
+    BackendError
+        The file is missing, damaged, or of another kind.
+    """
+    if not archive.is_archive(path):
+        rebuilt: Index = kept.rebuilt(host, path, "flat", build)
+        return rebuilt
+    parts = archive.read(path, "flat")
+    return _over(cp.asarray(parts["vectors"]), str(parts["metric"]))
+
+
+def _over(rows: Array, metric: str) -> Index:
+    return Index(metric, rows, scan.prepare(rows, metric) if rows.dtype == cp.float32 else None)

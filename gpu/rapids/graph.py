@@ -1,12 +1,12 @@
-"""Approximate search over rows that never change: cuVS CAGRA with full vectors.
+"""The graph index kind: cuVS CAGRA over full vectors. See `headrace.gpu.backend.IndexKind`.
 
 Graphs are built, never extended: rows that are added to a finished graph are found less often, above all when they are
-like each other, which is what routing by centroids produces.
+like each other, which is what routing by centroids produces. Over few rows there is none: the device scores them all
+in less time than a walk takes to start.
 """
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,36 @@ import cupy as cp
 import numpy as np
 from cuvs.neighbors import cagra, filters
 
-from headrace.gpu import ranking
-from headrace.gpu.errors import BackendError
-from headrace.gpu.rapids import flat
+from headrace.gpu import archive, ranking
+from headrace.gpu.host import graph as host
+from headrace.gpu.index_spec import BuildParams
+from headrace.gpu.rapids import kept, scan
+from headrace.gpu.rapids.handles import handle
 
-__all__ = ["build", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
 
 Array = Any
 
-_FEW_ROWS = 1024
-_MAX_ITOPK = 512
+_FEW_ROWS = 2048
+_LADDER = (32, 64, 96, 128, 192, 256, 384, 512)
 _SAMPLINGS = 8
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Index:
+class Index:
     """CAGRA's index with what it refers to: it keeps views of both arrays, not the arrays.
 
     Attributes
     ----------
-    metric : str
+    metric : one of `headrace.gpu.backend.METRICS`
     dim : int
-    rows : float32 (n, padded dim)
+    rows : float32 or float16, (n, padded dim)
         The vectors, with zeros up to a multiple of 16 bytes: CAGRA would hold a second, padded copy otherwise.
     links : uint32 (n, degree) or None
         The graph, where it was read from a file.
     cagra : cuvs.neighbors.cagra.Index or None
-        None for few rows: there is no graph over them, they are all scored.
+        None for few rows.
     """
 
     metric: str
@@ -51,69 +54,87 @@ class _Index:
     cagra: Any
 
 
-def build(vectors: Array, metric: str, *, degree: int = 32, effort: int = 100, threads: int = 1) -> Any:
-    """A CAGRA index with `degree` links per row, chosen among `effort`; see `headrace.gpu.backend.Graph.build`.
+def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1) -> Index:
+    """A CAGRA graph with `graph_degree` links per row, chosen among `graph_effort` near ones.
 
     `threads` has no meaning here: the device builds, and what little is left to the host obeys OMP_NUM_THREADS.
 
     Raises
     ------
     BackendError
-        There are no vectors.
+        There are no vectors, or a number is too large for float16.
     """
     n, dim = vectors.shape
-    if n == 0:
-        raise BackendError("cannot build a graph over 0 vectors: give at least one")
-    rows = _padded(vectors)
+    rows = _padded(kept.stored(vectors, params.dtype))
     if n < _FEW_ROWS:
-        return _Index(metric, dim, rows, None, None)
-    params = cagra.IndexParams(
-        metric=_metric(metric), intermediate_graph_degree=max(effort, degree), graph_degree=degree
+        return Index(metric, dim, rows, None, None)
+    near = min(max(params.graph_effort, params.graph_degree), n - 1)
+    asked = cagra.IndexParams(
+        metric=scan.metric_name(metric), intermediate_graph_degree=near, graph_degree=min(params.graph_degree, near)
     )
-    return _Index(metric, dim, rows, None, cagra.build(params, rows))
+    with handle() as resources:
+        graph = cagra.build(asked, rows, resources=resources)
+    return Index(metric, dim, rows, None, graph)
 
 
-def search(index: Any, alive: Array, queries: Array, k: int, *, effort: int = 64) -> tuple[Array, Array]:
-    """The `k` best live rows, approximately; see `headrace.gpu.backend.Graph.search`.
+def search(index: Index, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
+    """The `k` best allowed rows, approximately; `effort` is CAGRA's itopk_size.
 
-    The list of candidates grows as live rows become rare among those that the search walks over; where it would not fit
-    into what a block of threads can hold, all live rows are scored. The same is done for single queries that come back
-    with fewer rows than there are.
+    The list of candidates grows as allowed rows become rare among those that the search walks over; where it would not
+    fit into what a block of threads can hold, all allowed rows are scored. The same is done for single queries that
+    come back with fewer rows than there are.
     """
-    live = int(cp.count_nonzero(alive))
-    found = min(k, live)
+    n = len(index.rows)
+    count = n if allowed is None else int(cp.count_nonzero(allowed))
+    found = min(k, count)
     if found == 0 or len(queries) == 0:
         return ranking.nothing_found(cp, len(queries), k, index.metric)
-    queries = _padded(queries)
-    candidates = -(-max(effort, k) * len(index.rows) // (32 * live)) * 32
-    if index.cagra is None or candidates > _MAX_ITOPK:
-        return flat.search(index.rows, alive, queries, k, index.metric)
-    # With a single random sampling CAGRA loses recall beyond 100 K rows.
-    params = cagra.SearchParams(itopk_size=candidates, num_random_samplings=_SAMPLINGS)
-    allowed = filters.from_bitset(ranking.bitset(cp, alive)) if live < len(index.rows) else None
-    _, near = cagra.search(params, index.cagra, queries, found, filter=allowed)
-    scores, rows = ranking.rank(cp, index.rows, alive, queries, cp.asarray(near), k, index.metric)
-    short = cp.flatnonzero((rows[:, :found] < 0).any(axis=1))
+    queries = _widened(queries, index.rows.shape[1])
+    candidates = -(-max(effort, k) * n // (32 * count)) * 32
+    if index.cagra is None or candidates > _LADDER[-1]:
+        return scan.search(index.rows, None, allowed, queries, k, index.metric)
+    near = _near(index, allowed if count < n else None, queries, found, candidates)
+    scores, rows = ranking.rank(cp, index.rows, allowed, queries, near, k, index.metric)
+    short = cp.flatnonzero(rows[:, found - 1] < 0)
     if len(short):
-        scores[short], rows[short] = flat.search(index.rows, alive, queries[short], k, index.metric)
+        scores[short], rows[short] = scan.search(index.rows, None, allowed, queries[short], k, index.metric)
     return scores, rows
 
 
-def vectors(index: Any, rows: Array) -> Array:
-    """The stored vectors of `rows`, float32 (r, dim), as a copy."""
-    return index.rows[rows, : index.dim]
+def _near(index: Index, allowed: Array | None, queries: Array, found: int, candidates: int) -> Array:
+    # cuVS takes queries in the rows' dtype only. Rounded ones may change the order at the end of the list, so more
+    # rows are asked for than are wanted (there are: a list that is short enough leaves four times as many allowed); the
+    # scores are taken from the queries as they came.
+    if index.rows.dtype != cp.float32:
+        queries = queries.astype(index.rows.dtype)
+        found = min(2 * found, candidates)
+    # With a single random sampling CAGRA loses recall beyond 100 K rows.
+    params = cagra.SearchParams(itopk_size=candidates, num_random_samplings=_SAMPLINGS)
+    bits = None if allowed is None else filters.from_bitset(ranking.bitset(cp, allowed))
+    with handle() as resources:
+        _, near = cagra.search(params, index.cagra, queries, found, filter=bits, resources=resources)
+    return cp.asarray(near)
 
 
-def nbytes(index: Any) -> int:
-    """Bytes the index holds on the device: vectors and links."""
+def efforts(index: Index, k: int) -> tuple[int, ...]:
+    """Values of itopk_size, as far as they take `k` rows."""
+    worth = () if index.cagra is None else tuple(size for size in _LADDER if k <= size)
+    return worth or (_LADDER[0],)
+
+
+def vectors(index: Index, rows: Array) -> Array:
+    """The kept vectors of `rows`, float32 (r, dim), as a copy."""
+    return index.rows[rows, : index.dim].astype(cp.float32, copy=False)
+
+
+def nbytes(index: Index) -> dict[str, int]:
+    """Bytes on the device by purpose: vectors, links."""
     links = 0 if index.cagra is None else len(index.rows) * int(index.cagra.graph_degree) * 4
-    return int(index.rows.nbytes) + links
+    return {"vectors": int(index.rows.nbytes), "links": links}
 
 
-def save(index: Any, path: Path) -> None:
-    """Write the index to `path`: metric, vectors and links as NumPy arrays.
-
-    The format of `cagra.save` holds for one release of cuVS only and does not tell the metric.
+def save(index: Index, path: Path) -> None:
+    """Write metric, vectors and links to `path`, so that any release of cuVS, and the host, can use them.
 
     Raises
     ------
@@ -121,44 +142,41 @@ def save(index: Any, path: Path) -> None:
         The file cannot be written.
     """
     links = np.empty((0, 0), dtype=np.uint32) if index.cagra is None else index.cagra.graph.copy_to_host()
-    try:
-        with path.open("wb") as file:
-            np.savez(file, metric=np.array(index.metric), rows=cp.asnumpy(vectors(index, slice(None))), links=links)
-    except OSError as error:
-        raise BackendError(
-            f"cannot write the index to {path}: check the folder and its free space ({error})"
-        ) from error
+    archive.write(path, "graph", index.metric, cp.asnumpy(index.rows[:, : index.dim]), links=links)
 
 
-def load(path: Path) -> Any:
-    """Read an index written by `save`.
+def load(path: Path) -> Index:
+    """Read an index written by `save`; one that the host has written is built again.
 
     Raises
     ------
     BackendError
-        The file is missing, cut short, or holds something else.
+        The file is missing, damaged, or of another kind.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as parts:
-            metric, given, links = str(parts["metric"]), parts["rows"], parts["links"]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise BackendError(f"cannot read an index from {path}: restore it or build it again ({error})") from error
+    if not archive.is_archive(path):
+        rebuilt: Index = kept.rebuilt(host, path, "graph", build)
+        return rebuilt
+    parts = archive.read(path, "graph")
+    metric, given, links = str(parts["metric"]), parts["vectors"], parts["links"]
     rows = _padded(cp.asarray(given))
     if links.size == 0:
-        return _Index(metric, given.shape[1], rows, None, None)
+        return Index(metric, given.shape[1], rows, None, None)
     links = cp.asarray(links)
-    return _Index(metric, given.shape[1], rows, links, cagra.from_graph(links, rows, metric=_metric(metric)))
+    with handle() as resources:
+        graph = cagra.from_graph(links, rows, metric=scan.metric_name(metric), resources=resources)
+    return Index(metric, given.shape[1], rows, links, graph)
 
 
-def _metric(metric: str) -> str:
-    return "sqeuclidean" if metric == "l2" else "inner_product"
+def _padded(rows: Array) -> Array:
+    grain = _ALIGNMENT // rows.dtype.itemsize
+    return _widened(rows, -(-rows.shape[1] // grain) * grain, rows.dtype)
 
 
-def _padded(matrix: Array) -> Array:
-    """Float32, row by row, with zeros up to a multiple of four numbers; these change neither products nor distances."""
+def _widened(matrix: Array, width: int, dtype: Any = np.float32) -> Array:
+    """Row by row, with zeros up to `width` numbers; these change neither products nor distances."""
     n, dim = matrix.shape
-    if dim % 4 == 0:
-        return cp.ascontiguousarray(matrix, dtype=cp.float32)
-    padded = cp.zeros((n, -(-dim // 4) * 4), dtype=cp.float32)
-    padded[:, :dim] = matrix
-    return padded
+    if dim == width:
+        return cp.ascontiguousarray(matrix, dtype=dtype)
+    wide = cp.zeros((n, width), dtype=dtype)
+    wide[:, :dim] = matrix
+    return wide

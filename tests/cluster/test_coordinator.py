@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Played:
             case "train":
                 centroids = np.eye(message["cells"], 2, dtype=np.float32)
                 return {"centroids": floats_to_wire(centroids), "rows": self.rows}
-            case "reset":
+            case "reset" | "watermarks":
                 return {}
         raise AssertionError(f"{op} is nothing that a coordinator asks")
 
@@ -152,13 +152,15 @@ class TestPublishing:
     async def test_a_worker_that_does_not_answer_leaves(self) -> None:
         played = Played()
         async with running(played, A, B) as coordinator:
-            played.away.add(B)
+            # The first holder of the one cell is asked how many rows there are.
+            asked, silent = coordinator.state.serving[0]
+            played.away.add(silent)
             with pytest.raises(AssertionError, match=r"after 0\.05 s"):
-                await until(settled(coordinator, A), "nothing asked B anything", 0.05)
+                await until(settled(coordinator, asked), "nothing asked it anything", 0.05)
             coordinator.worker_joined(C)
-            await until(settled(coordinator, A, C), "B has left and C is active")
-            assert B not in {holder for holders in coordinator.state.copies.values() for holder in holders}
-            assert B not in coordinator.state.readers.values()
+            await until(settled(coordinator, asked, C), "it has left and C is active")
+            assert silent not in {holder for holders in coordinator.state.copies.values() for holder in holders}
+            assert silent not in coordinator.state.readers.values()
 
     async def test_waiting_for_a_newer_state_has_an_end(self) -> None:
         async with running(Played(), A) as coordinator:
@@ -400,3 +402,56 @@ class TestWhatIsKept:
             coordinator.worker_joined(B)
             await until(settled(coordinator, A, B), "B is active")
             assert coordinator.state.alarms == ("offsets were lost",)
+
+
+class TestBalance:
+    async def test_a_worker_is_emptied_and_filled_again(self) -> None:
+        played = Played()
+        async with running(played, A, B, C) as coordinator:
+            coordinator.check_drain(B)
+            coordinator.drain(B)
+            await until(
+                lambda: coordinator.state.leaving == (B,) and not coordinator.state.moving, "the move away is settled"
+            )
+            assert B not in {holder for holders in coordinator.state.copies.values() for holder in holders}
+            assert settled(coordinator, A, B, C)(), "it goes on taking part"
+            coordinator.drain(B, undo=True)
+            await until(lambda: coordinator.state.leaving == (), "it may hold cells again")
+
+    async def test_who_cannot_be_emptied(self) -> None:
+        async with running(Played(), A, B) as coordinator:
+            with pytest.raises(ClusterError, match="no worker of collection 'docs'"):
+                coordinator.check_drain(D)
+            coordinator.drain(A)
+            with pytest.raises(ClusterError, match="the last worker that holds"):
+                coordinator.check_drain(B)
+            coordinator.worker_left(A)
+            coordinator.worker_joined(C)
+            coordinator.check_drain(B)
+
+    @pytest.mark.parametrize(("least", "moved"), [(1000, True), (100_000, False)])
+    async def test_cells_with_many_rows_are_spread(self, least: int, moved: bool) -> None:
+        played = Played(rows=100)
+
+        async def counted(_: dict[str, Any]) -> dict[str, Any]:
+            state = coordinator.state
+            full = [cell for cell in state.codebook.cells if state.serving[cell][0] == A]
+            return {"rows": played.rows, "cell_sizes": [[cell, 900] for cell in full]}
+
+        played.instead = {(worker, "status"): counted for worker in (A, B)}
+        spec = CollectionSpec("docs", dim=2, cells=CELLS, replicas=1)
+        coordinator = Coordinator(spec, played.call, replace(QUICK, survey=0.02, rebalance_rows=least))
+        coordinator.start({A, B})
+        try:
+            await asyncio.wait_for(coordinator.ready.wait(), 5.0)
+            await coordinator.attach(SOURCE)
+            await until(lambda: coordinator.state.codebook.generation == 1, "there is a codebook")
+            await until(lambda: not coordinator.state.moving, "it is adopted")
+            before = len(played.times("move"))
+            if moved:
+                await until(lambda: len(played.times("move")) > before, "cells move")
+            else:
+                await asyncio.sleep(0.2)
+                assert len(played.times("move")) == before
+        finally:
+            await coordinator.close()

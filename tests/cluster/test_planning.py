@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headrace.cluster.planning import adopt_codebook, attach_source, membership, moves, settle
+from headrace.cluster.planning import adopt_codebook, attach_source, membership, moves, rebalanced, settle
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 
 WORKERS = [f"tcp://10.0.0.{number}:4000" for number in range(1, 7)]
@@ -115,6 +115,59 @@ class TestMembership:
         assert after.serving == {0: (B,)}
 
 
+class TestMoving:
+    def test_a_worker_that_joins_gets_its_share_and_the_old_copies_serve_until_then(self) -> None:
+        before = settle(adopt_codebook(begin(A, B, replicas=1), centroids(6)))
+        state = membership(before, [A, B, C])
+        taken = [cell for cell in state.codebook.cells if C in state.copies[cell]]
+        assert len(taken) == 2
+        for cell in taken:
+            assert state.serving[cell] == state.surplus[cell] == before.copies[cell]
+            assert set(state.copies[cell]) == {C, *before.copies[cell]}
+        assert sorted(cell for cells in moves(state).values() for cell in cells) == taken
+        done = settle(state)
+        assert all(done.copies[cell] == done.serving[cell] == (C,) for cell in taken)
+        assert Counter(holder for holders in done.copies.values() for holder in holders) == {A: 2, B: 2, C: 2}
+
+    def test_a_worker_is_emptied(self) -> None:
+        before = settle(adopt_codebook(begin(A, B, C), centroids(6)))
+        state = membership(before, [A, B, C], leaving=[B])
+        assert state.leaving == (B,)
+        assert roles(state)[B] == "active", "it is read until others have its rows"
+        assert set(state.readers.values()) == {A, C}
+        assert all((B in state.surplus.get(cell, ())) == (B in before.copies[cell]) for cell in before.codebook.cells)
+        done = settle(state)
+        assert all(set(holders) == {A, C} for holders in done.copies.values())
+        back = membership(done, [A, B, C])
+        assert back.leaving == ()
+        assert any(B in holders for holders in back.copies.values())
+        assert set(membership(done, [A, C]).readers.values()) == {A, C}
+        assert membership(done, [A, C]).incarnation == 0, "an emptied worker was missed"
+
+    def test_not_all_can_be_emptied(self) -> None:
+        state = membership(begin(A, B), [A, B], leaving=[A, B])
+        assert all(set(holders) == {A, B} for holders in state.copies.values())
+        assert set(state.readers.values()) == {A, B}
+
+    def test_a_worker_lost_in_the_middle_of_a_move(self) -> None:
+        state = membership(settle(adopt_codebook(begin(A, B, replicas=1), centroids(6))), [A, B, C])
+        back = membership(state, [A, B])
+        assert back.incarnation == 0, "the old copies were there all the time"
+        assert not back.surplus
+        assert back.copies == back.serving
+        assert not back.moving
+
+    def test_rows_decide_what_is_evened_out(self) -> None:
+        state = settle(adopt_codebook(begin(A, B, replicas=1), centroids(6)))
+        mine = [cell for cell, holders in state.copies.items() if holders == (A,)]
+        assert rebalanced(state, dict.fromkeys(state.codebook.cells, 100)) is state
+        after = rebalanced(state, dict.fromkeys(mine, 1000))
+        assert after.moving
+        assert set(after.surplus) < set(mine)
+        assert set(after.surplus.values()) == {(A,)}
+        assert rebalanced(after, {}) is after, "one move at a time"
+
+
 class TestCodebook:
     def test_new_cells_serve_at_once_and_old_rows_wait(self) -> None:
         state = begin(A, B)
@@ -188,11 +241,13 @@ class PlanMachine(RuleBasedStateMachine):
     @rule(
         workers=st.sets(st.sampled_from(WORKERS), max_size=6),
         rows=st.dictionaries(st.integers(0, 20), st.integers(0, 99)),
+        leaving=st.sets(st.sampled_from(WORKERS), max_size=2),
     )
-    def workers_change(self, workers: set[str], rows: dict[int, int]) -> None:
+    def workers_change(self, workers: set[str], rows: dict[int, int], leaving: set[str]) -> None:
         before = self.state
-        assert membership(before, self.live) is before
-        once, again = membership(before, workers, rows), membership(before, sorted(workers), rows)
+        assert membership(before, self.live, leaving=before.leaving) is before
+        leaving &= workers
+        once, again = membership(before, workers, rows, leaving), membership(before, sorted(workers), rows, leaving)
         assert once.to_wire() == again.to_wire(), "not deterministic"
         self.live = set(workers)
         self.change(once)
@@ -204,6 +259,10 @@ class PlanMachine(RuleBasedStateMachine):
         for cell in self.state.codebook.cells:
             for worker in self.state.copies[cell]:
                 self.filled[worker].add(cell)
+
+    @rule(rows=st.dictionaries(st.integers(0, 20), st.integers(0, 99)))
+    def rows_grow(self, rows: dict[int, int]) -> None:
+        self.change(rebalanced(self.state, rows))
 
     @precondition(lambda self: self.state.moving)
     @rule()
@@ -224,7 +283,7 @@ class PlanMachine(RuleBasedStateMachine):
         self.change(settle(state))
         assert set(self.state.active) == set(self.state.members)
         assert moves(self.state) == {}
-        assert membership(self.state, self.live) is self.state
+        assert membership(self.state, self.live, leaving=self.state.leaving) is self.state
 
     @invariant()
     def cells_are_served_by_complete_copies(self) -> None:
@@ -233,17 +292,25 @@ class PlanMachine(RuleBasedStateMachine):
         assert set(state.copies) == set(state.serving) == set(state.cells)
         for cell in state.cells:
             holders, serving = state.copies[cell], state.serving[cell]
-            assert len(set(holders)) == len(holders) <= state.spec.replicas
+            stay = [worker for worker in holders if worker not in state.surplus.get(cell, ())]
+            assert len(set(holders)) == len(holders)
+            assert len(stay) <= state.spec.replicas
+            assert set(state.surplus.get(cell, ())) <= set(serving), "a copy that is not complete was kept"
             assert set(serving) <= set(holders) <= self.live
             assert set(serving) <= set(state.active)
             assert all(cell in self.filled[worker] for worker in serving), "a read would miss rows"
             if self.live:
                 assert serving, "nobody answers for a cell"
                 if cell in state.codebook.cells:
-                    wanted = min(state.spec.replicas, len(state.active if state.moving else self.live))
+                    there = set(state.active if state.moving else self.live)
+                    wanted = min(state.spec.replicas, len(there - set(state.leaving)) or len(there))
                     assert len(holders) >= wanted
         if not state.moving:
+            assert not state.surplus
             assert state.copies == state.serving
+            if set(state.members) - set(state.leaving):
+                emptied = {a for holders in state.copies.values() for a in holders} & set(state.leaving)
+                assert not emptied, "a worker that was to be emptied holds something"
             assert state.previous is None
             assert "joining" not in state.members.values()
 
@@ -256,7 +323,9 @@ class PlanMachine(RuleBasedStateMachine):
             assert sorted(state.readers) == list(range(8))
             shares = Counter(state.readers.values())
             assert set(shares) <= set(state.active)
-            assert max(shares.values()) - min(shares[worker] for worker in state.active) <= 1
+            readers = set(state.active) - set(state.leaving) or set(state.active)
+            assert set(shares) <= readers
+            assert max(shares.values()) - min(shares[worker] for worker in readers) <= 1
 
 
 TestPlanMachine = PlanMachine.TestCase

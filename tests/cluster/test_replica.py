@@ -13,7 +13,7 @@ import pytest
 from headrace.cluster.replica import Replica
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.gpu.backend import resolve
-from headrace.gpu.errors import ConsistencyTimeout
+from headrace.gpu.errors import ConsistencyTimeout, StoreFull
 from headrace.gpu.rows import DELETED, Batch
 from headrace.gpu.store import Applied, StoreSettings
 from tests.gpu.batches import DIM, batch_of
@@ -92,6 +92,20 @@ class TestWatermarks:
         send(replica, 101)
         assert replica.watermarks == {0: 100, 1: 0}
 
+    def test_a_full_worker_claims_nothing_that_it_refused(self) -> None:
+        replica = Replica(state_of(), ME, resolve("host"), StoreSettings(memory_limit=40_000))
+
+        def fill() -> None:
+            for offset in range(100, 100_000):
+                send(replica, offset)
+
+        with pytest.raises(StoreFull):
+            fill()
+        assert replica.watermarks == {0: 100 + replica.store.view.rows, 1: 0} == replica.store.view.stamp
+        assert replica.status()["memory"]["full"]
+        assert send(replica, 0, partition=1, cell=DELETED) is not None, "a deletion goes through"
+        assert replica.watermarks[1] == 1
+
     def test_a_joining_worker_claims_nothing_before_its_base(self) -> None:
         joining = {ME: "joining", PEER: "active"}
         replica = replica_of(members=joining, serving={0: (PEER,)}, moving=True)
@@ -160,7 +174,7 @@ class TestCells:
     @pytest.mark.parametrize(("moving", "epoch", "remembered"), [(False, 5, 0), (True, 5, 5000), (False, 6, 5000)])
     def test_deletions_are_forgotten_only_while_nothing_moves(self, moving: bool, epoch: int, remembered: int) -> None:
         replica = replica_of(moving=moving)
-        deletes = batch_of([{"id": n, "offset": 100 + n, "cell": DELETED} for n in range(5000)])
+        deletes = batch_of([{"id": f"r{n}", "offset": 100 + n, "cell": DELETED} for n in range(5000)])
         replica.store.apply(deletes)
         replica.apply(None, {0: (100, 5100)}, {0: 5100}, epoch)
         assert replica.store.statistics()["remembered"] == remembered

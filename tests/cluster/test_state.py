@@ -21,6 +21,7 @@ from headrace.cluster.wire import (
     rows_from_wire,
     rows_to_wire,
 )
+from headrace.gpu.index_spec import IndexSpec
 from headrace.gpu.rows import Action
 from headrace.gpu.store import StoredRow
 from tests.gpu.batches import batch_of
@@ -49,7 +50,8 @@ def same(left: Codebook | None, right: Codebook | None) -> bool:
 
 
 def test_a_state_comes_back_as_it_was() -> None:
-    spec = CollectionSpec("docs-ä", dim=3, metric="l2", encoder="minilm@1", cells=4, replicas=3, ids="integer")
+    index = IndexSpec(kind="ivf_pq", dtype="float16", recall_target=0.9, lists=7)
+    spec = CollectionSpec("docs-ä", 3, "l2", encoder="minilm@1", cells=4, replicas=3, ids="integer", index=index)
     state = CollectionState(spec=spec, codebook=first_codebook(3), alarms=("the log was truncated",))
     states = [state]
     states.append(membership(state, ["tcp://a:1", "tcp://b:2"]))

@@ -14,7 +14,7 @@ DIM = 8
 
 def vector_of(row_id: Any, offset: int = 0, dim: int = DIM) -> np.ndarray:
     """A unit vector that belongs to this id and version alone."""
-    seed = [len(str(row_id)), *str(row_id).encode(), offset]
+    seed = [len(str(row_id)), *str(row_id).encode("utf-8", "surrogatepass"), offset]
     vector = np.random.default_rng(seed).normal(size=dim).astype(np.float32)
     return vector / np.linalg.norm(vector)
 

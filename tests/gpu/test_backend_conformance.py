@@ -1,10 +1,9 @@
-"""What every backend must do alike: the host always, RAPIDS with ``-m gpu`` where a device is."""
+"""What every backend must do alike, but for the index kinds, which have a suite of their own."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,53 +15,10 @@ from headrace.gpu import backend as backends
 from headrace.gpu import ranking
 from headrace.gpu.backend import Backend, resolve
 from headrace.gpu.errors import BackendError
+from headrace.gpu.index_spec import DTYPES
+from tests.gpu.searches import METRICS, check_search, on_host, random_rows, true_scores
 
-NAMES = [pytest.param("host"), pytest.param("rapids", marks=pytest.mark.gpu)]
-METRICS = ["cosine", "ip", "l2"]
 DEEP = 1_000_000
-
-
-@pytest.fixture(params=NAMES, scope="module")
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return resolve(request.param)
-
-
-def on_host(array: Any) -> np.ndarray:
-    return array.get() if hasattr(array, "get") else np.asarray(array)
-
-
-def random_rows(n: int, dim: int, metric: str = "ip", seed: int = 0) -> np.ndarray:
-    rows = np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True) if metric == "cosine" else rows
-
-
-def true_scores(vectors: np.ndarray, queries: np.ndarray, metric: str) -> np.ndarray:
-    """Float64 (q, n), higher is better."""
-    wide, asked = vectors.astype(np.float64), queries.astype(np.float64)
-    if metric == "l2":
-        return -((asked[:, None, :] - wide[None, :, :]) ** 2).sum(axis=2)
-    return asked @ wide.T
-
-
-def check_search(answer, vectors, alive, queries, k, metric, *, exact=True) -> float:
-    """Check an answer against a plain sort of all scores; returns the recall."""
-    scores, rows = map(on_host, answer)
-    assert scores.shape == rows.shape == (len(queries), k)
-    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
-    truth = np.where(alive[None, :], true_scores(vectors, queries, metric), -np.inf)
-    found = min(k, int(alive.sum()))
-    assert (rows[:, found:] == -1).all()
-    assert (scores[:, found:] == (np.inf if metric == "l2" else -np.inf)).all()
-    rows, values = rows[:, :found], scores[:, :found] * (-1 if metric == "l2" else 1)
-    assert alive[rows].all(), "a dead row came back"
-    assert all(len(set(line)) == found for line in rows.tolist()), "a row came back twice"
-    scale = 1e-4 * max(1.0, float(np.abs(truth[np.isfinite(truth)]).max(initial=0)))
-    np.testing.assert_allclose(values, np.take_along_axis(truth, rows, axis=1), rtol=1e-4, atol=scale)
-    assert (np.diff(values, axis=1) <= 0).all(), "not best first"
-    best = -np.sort(-truth, axis=1)[:, :found]
-    if exact:
-        np.testing.assert_allclose(values, best, rtol=1e-4, atol=scale)
-    return float((values >= best[:, -1:] - scale).mean()) if found and len(queries) else 1.0
 
 
 # --- the choice of a backend
@@ -455,31 +411,47 @@ def test_assignment_of_no_vectors(backend: Backend) -> None:
 # --- exact search
 
 
-def flat_search(backend: Backend, vectors, alive, queries, k, metric):
+def exact_search(backend: Backend, vectors, allowed, queries, k, metric):
     xp = backend.xp
-    return backend.flat.search(xp.asarray(vectors), xp.asarray(alive), xp.asarray(queries), k, metric)
+    allowed = None if allowed is None else xp.asarray(allowed)
+    return backend.exact.search(xp.asarray(vectors), allowed, xp.asarray(queries), k, metric)
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 63, 64, 700, 5000])
-@pytest.mark.parametrize("share", [1.0, 0.6, 0.05])
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.05, 0.002])
 @pytest.mark.parametrize("count", [1, 9])
-def test_exact_search(backend: Backend, metric: str, n: int, share: float, count: int) -> None:
-    vectors, queries = random_rows(n, 20, metric), random_rows(count, 20, metric, seed=7)
-    alive = np.random.default_rng(1).random(n) < share
+def test_exact_search(backend: Backend, metric: str, dtype: str, n: int, share: float, count: int) -> None:
+    vectors, queries = random_rows(n, 20, metric).astype(dtype), random_rows(count, 20, metric, seed=7)
+    allowed = np.random.default_rng(1).random(n) < share
     for k in (1, 10, 100):
-        check_search(flat_search(backend, vectors, alive, queries, k, metric), vectors, alive, queries, k, metric)
+        answer = exact_search(backend, vectors, allowed, queries, k, metric)
+        check_search(answer, vectors, allowed, queries, k, metric)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_search_without_a_filter(backend: Backend, dtype: str) -> None:
+    vectors, queries = random_rows(900, 20).astype(dtype), random_rows(12, 20, seed=7)
+    for asked in (queries, queries[:1]):
+        answer = exact_search(backend, vectors, None, asked, 5, "ip")
+        check_search(answer, vectors, np.ones(900, dtype=bool), asked, 5, "ip")
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_exact_search_of_nothing(backend: Backend, metric: str) -> None:
-    vectors, alive = random_rows(6, 4, metric), np.zeros(6, dtype=bool)
+    vectors, allowed = random_rows(6, 4, metric), np.zeros(6, dtype=bool)
     queries = random_rows(2, 4, metric, seed=1)
-    check_search(flat_search(backend, vectors, alive, queries, 3, metric), vectors, alive, queries, 3, metric)
+    check_search(exact_search(backend, vectors, allowed, queries, 3, metric), vectors, allowed, queries, 3, metric)
     check_search(
-        flat_search(backend, vectors[:0], alive[:0], queries, 3, metric), vectors[:0], alive[:0], queries, 3, metric
+        exact_search(backend, vectors[:0], allowed[:0], queries, 3, metric),
+        vectors[:0],
+        allowed[:0],
+        queries,
+        3,
+        metric,
     )
-    scores, rows = flat_search(backend, vectors, ~alive, queries[:0], 3, metric)
+    scores, rows = exact_search(backend, vectors, ~allowed, queries[:0], 3, metric)
     assert scores.shape == rows.shape == (0, 3)
 
 
@@ -487,13 +459,15 @@ def test_exact_search_of_nothing(backend: Backend, metric: str) -> None:
 @pytest.mark.parametrize("n", [40, 3000])
 def test_exact_search_among_equal_rows(backend: Backend, metric: str, n: int) -> None:
     vectors = np.repeat(random_rows(2, 8, metric), n // 2, axis=0)
-    alive = np.arange(n) % 3 > 0
-    check_search(flat_search(backend, vectors, alive, vectors[:3], 15, metric), vectors, alive, vectors[:3], 15, metric)
+    allowed = np.arange(n) % 3 > 0
+    check_search(
+        exact_search(backend, vectors, allowed, vectors[:3], 15, metric), vectors, allowed, vectors[:3], 15, metric
+    )
 
 
 def test_small_distances_far_from_the_origin_are_exact(backend: Backend) -> None:
     vectors = (np.full((200, 16), 1000) + np.arange(200)[:, None] * 0.25).astype(np.float32)
-    scores, rows = map(on_host, flat_search(backend, vectors, np.ones(200, dtype=bool), vectors[50:51], 3, "l2"))
+    scores, rows = map(on_host, exact_search(backend, vectors, np.ones(200, dtype=bool), vectors[50:51], 3, "l2"))
     assert scores[0].tolist() == [0, 1, 1]
     assert rows[0, 0] == 50
 
@@ -505,171 +479,49 @@ def test_exact_search_agrees_with_a_plain_sort(backend: Backend) -> None:
         n, dim = data.draw(st.integers(0, 300)), data.draw(st.integers(1, 5))
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
         # Few different small whole numbers: many ties, and products without rounding.
-        vectors = rng.integers(-2, 3, size=(n, dim)).astype(np.float32)
-        queries = rng.integers(-2, 3, size=(data.draw(st.integers(0, 6)), dim)).astype(np.float32)
-        alive = rng.random(n) < data.draw(st.sampled_from([0, 0.02, 0.5, 1]))
+        vectors = rng.integers(-2, 3, size=(n, dim)).astype(data.draw(st.sampled_from(DTYPES)))
+        queries = rng.integers(-2, 3, size=(data.draw(st.integers(0, 16)), dim)).astype(np.float32)
+        allowed = rng.random(n) < data.draw(st.sampled_from([0, 0.02, 0.5, 1]))
         k, metric = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(["ip", "l2"]))
-        check_search(flat_search(backend, vectors, alive, queries, k, metric), vectors, alive, queries, k, metric)
+        check_search(exact_search(backend, vectors, allowed, queries, k, metric), vectors, allowed, queries, k, metric)
 
     check()
 
 
 def test_a_query_that_is_no_number_finds_nothing(backend: Backend) -> None:
     queries = np.array([[np.nan] * 4, [1, 0, 0, 0]], dtype=np.float32)
-    vectors, alive = np.eye(4, dtype=np.float32), np.ones(4, dtype=bool)
-    _, rows = map(on_host, flat_search(backend, vectors, alive, queries, 1, "ip"))
+    vectors, allowed = np.eye(4, dtype=np.float32), np.ones(4, dtype=bool)
+    _, rows = map(on_host, exact_search(backend, vectors, allowed, queries, 1, "ip"))
     assert rows[1].tolist() == [0]
 
 
 def test_search_takes_arrays_that_are_not_contiguous(backend: Backend) -> None:
     wide = random_rows(3000, 24)
     vectors, queries = wide[::2, 3:19], np.asfortranarray(wide[:5, 3:19])
-    alive = np.arange(1500) % 2 == 0
-    check_search(flat_search(backend, vectors, alive, queries, 4, "ip"), vectors, alive, queries, 4, "ip")
-    index = backend.graph.build(backend.xp.asarray(vectors), "ip")
-    answer = backend.graph.search(index, backend.xp.asarray(alive), backend.xp.asarray(queries), 4)
-    check_search(answer, vectors, alive, queries, 4, "ip", exact=False)
+    allowed = np.arange(1500) % 2 == 0
+    check_search(exact_search(backend, vectors, allowed, queries, 4, "ip"), vectors, allowed, queries, 4, "ip")
 
 
 # --- ranking of what a library has found
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_ranking_keeps_live_rows_only_and_sorts_them(metric: str) -> None:
+def test_ranking_keeps_allowed_rows_only_and_sorts_them(metric: str) -> None:
     vectors, queries = random_rows(50, 8, metric), random_rows(3, 8, metric, seed=1)
-    alive = np.arange(50) % 2 == 0
+    allowed = np.arange(50) % 2 == 0
     found = np.tile(np.array([4, 7, 49, 0xFFFFFFFF, 50, 10, 48, 0], dtype=np.uint32), (3, 1))
     among = np.isin(np.arange(50), [4, 10, 48, 0])
     for k in (2, 6, 12):
-        answer = ranking.rank(np, vectors, alive, queries, found, k, metric)
+        answer = ranking.rank(np, vectors, allowed, queries, found, k, metric)
         check_search(answer, vectors, among, queries, k, metric)
     signed = np.array([[-1, 2]] * 3)
-    assert ranking.rank(np, vectors, alive, queries, signed, 2, metric)[1].tolist() == [[2, -1]] * 3
+    assert ranking.rank(np, vectors, allowed, queries, signed, 2, metric)[1].tolist() == [[2, -1]] * 3
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=100))
-def test_bits_are_numbered_from_the_lowest(alive: list[bool]) -> None:
-    words = ranking.bitset(np, np.array(alive))
-    assert (words.dtype, len(words)) == (np.uint32, -(-len(alive) // 32))
+def test_bits_are_numbered_from_the_lowest(allowed: list[bool]) -> None:
+    words = ranking.bitset(np, np.array(allowed))
+    assert (words.dtype, len(words)) == (np.uint32, -(-len(allowed) // 32))
     assert int.from_bytes(words.astype("<u4").tobytes(), "little") == sum(
-        1 << row for row, bit in enumerate(alive) if bit
+        1 << row for row, bit in enumerate(allowed) if bit
     )
-
-
-# --- graph
-
-
-def clustered(n: int, dim: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows around 30 middles, as cells hold them, and queries near some of them."""
-    rng = np.random.default_rng(3)
-    rows = (rng.normal(size=(30, dim))[rng.integers(0, 30, n)] + 0.4 * rng.normal(size=(n, dim))).astype(np.float32)
-    if metric == "cosine":
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows, (rows[::97] + rng.normal(size=rows[::97].shape) * 0.01).astype(np.float32)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_graph_search_recall_under_every_share_of_live_rows(backend: Backend, metric: str) -> None:
-    xp = backend.xp
-    vectors, queries = clustered(4000, 32, metric)
-    index = backend.graph.build(xp.asarray(vectors), metric, degree=16, effort=60, threads=2)
-    random = np.random.default_rng(2).random(len(vectors))
-    for share in (1.0, 0.7, 0.2, 0.05, 0.003, 0.0):
-        alive = random < share
-        answer = backend.graph.search(index, xp.asarray(alive), xp.asarray(queries), 10)
-        assert check_search(answer, vectors, alive, queries, 10, metric, exact=False) >= 0.95, share
-
-
-@pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_graph_search_where_the_live_rows_are_far_from_the_query(backend: Backend, metric: str) -> None:
-    # The walk goes to the query's own cluster, which is dead: a plain filtered walk comes back empty-handed.
-    xp = backend.xp
-    vectors, _ = clustered(6000, 16, "l2")
-    alive = ((vectors - vectors[0]) ** 2).sum(axis=1) > 20
-    assert alive.sum() > 100
-    index = backend.graph.build(xp.asarray(vectors), metric, degree=8, effort=40)
-    answer = backend.graph.search(index, xp.asarray(alive), xp.asarray(vectors[:1]), 50, effort=8)
-    check_search(answer, vectors, alive, vectors[:1], 50, metric, exact=False)
-
-
-@pytest.mark.parametrize("n", [1, 2, 5, 40])
-def test_graph_over_few_rows(backend: Backend, n: int) -> None:
-    xp = backend.xp
-    vectors = random_rows(n, 6)
-    index = backend.graph.build(xp.asarray(vectors), "l2")
-    alive = np.ones(n, dtype=bool)
-    check_search(
-        backend.graph.search(index, xp.asarray(alive), xp.asarray(vectors), 7), vectors, alive, vectors, 7, "l2"
-    )
-
-
-def test_graph_over_equal_rows(backend: Backend) -> None:
-    xp = backend.xp
-    vectors = np.repeat(random_rows(1, 8), 2000, axis=0)
-    alive = np.arange(2000) % 2 == 0
-    index = backend.graph.build(xp.asarray(vectors), "ip")
-    check_search(
-        backend.graph.search(index, xp.asarray(alive), xp.asarray(vectors[:2]), 20),
-        vectors,
-        alive,
-        vectors[:2],
-        20,
-        "ip",
-    )
-
-
-def test_graph_over_nothing(backend: Backend) -> None:
-    with pytest.raises(BackendError, match="0 vectors"):
-        backend.graph.build(backend.xp.empty((0, 4), dtype=np.float32), "l2")
-
-
-@pytest.mark.parametrize("dim", [6, 8])
-@pytest.mark.parametrize("n", [3, 1500])
-def test_graph_saved_and_read_is_the_same(backend: Backend, tmp_path: Path, n: int, dim: int) -> None:
-    xp = backend.xp
-    for metric in METRICS:
-        vectors = random_rows(n, dim, metric)
-        index = backend.graph.build(xp.asarray(vectors), metric)
-        path = tmp_path / f"{metric} index.bin"
-        backend.graph.save(index, path)
-        again = backend.graph.load(path)
-        alive, queries = xp.asarray(np.arange(n) % 5 > 0), xp.asarray(vectors[:4])
-        one, two = (backend.graph.search(which, alive, queries, 5) for which in (index, again))
-        np.testing.assert_array_equal(on_host(one[1]), on_host(two[1]))
-        np.testing.assert_array_equal(on_host(one[0]), on_host(two[0]))
-        picked = xp.asarray([n - 1, 0, n - 1])
-        for which in (index, again):
-            np.testing.assert_array_equal(on_host(backend.graph.vectors(which, picked)), vectors[[n - 1, 0, n - 1]])
-            assert backend.graph.nbytes(which) >= vectors.nbytes
-        assert backend.graph.nbytes(index) == backend.graph.nbytes(again)
-
-
-def test_stored_vectors_are_a_copy_that_outlives_the_index(backend: Backend) -> None:
-    vectors = random_rows(10, 4)
-    index = backend.graph.build(backend.xp.asarray(vectors), "ip")
-    got = backend.graph.vectors(index, backend.xp.arange(10))
-    got[0] = 7
-    np.testing.assert_array_equal(on_host(backend.graph.vectors(index, backend.xp.arange(10))), vectors)
-    del index
-    np.testing.assert_array_equal(on_host(got)[1:], vectors[1:])
-    assert backend.graph.vectors(
-        backend.graph.build(backend.xp.asarray(vectors), "ip"), backend.xp.asarray([], dtype=np.int64)
-    ).shape == (0, 4)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no index at all", "half"])
-def test_a_file_that_is_no_index(backend: Backend, tmp_path: Path, content: bytes | str | None) -> None:
-    path = tmp_path / "index.bin"
-    if content == "half":
-        backend.graph.save(backend.graph.build(backend.xp.asarray(random_rows(500, 8)), "ip"), path)
-        content = path.read_bytes()[:9000]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(BackendError, match=r"index\.bin"):
-        backend.graph.load(path)
-
-
-def test_an_index_that_cannot_be_written(backend: Backend, tmp_path: Path) -> None:
-    index = backend.graph.build(backend.xp.asarray(random_rows(3, 8)), "ip")
-    with pytest.raises(BackendError, match="nowhere"):
-        backend.graph.save(index, tmp_path / "nowhere" / "index.bin")

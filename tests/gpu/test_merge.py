@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.gpu.errors import ConfigError
 from headrace.gpu.merge import MergePolicy, SegmentSize, plan
 
-POLICY = MergePolicy(fan_in=3, tier=4.0, dead_share=0.3, max_rows=1000)
+POLICY = MergePolicy(fan_in=3, tier=4.0, floor_rows=1, dead_share=0.3, max_rows=1000)
 
 
 def full(*rows: int) -> list[SegmentSize]:
-    return [SegmentSize(count, count) for count in rows]
+    return [SegmentSize(count, count, job_bytes=10 * count) for count in rows]
+
+
+def frozen(*rows: int) -> list[SegmentSize]:
+    return [SegmentSize(count, count, frozen=True, job_bytes=10 * count) for count in rows]
 
 
 def test_nothing_to_do() -> None:
@@ -19,9 +27,18 @@ def test_nothing_to_do() -> None:
     assert plan(full(10, 10), POLICY) == []
 
 
-def test_a_frozen_segment_comes_first_and_alone() -> None:
-    sizes = [SegmentSize(10, 1), *full(10, 10, 10), SegmentSize(10, 10, frozen=True)]
-    assert plan(sizes, POLICY) == [4]
+def test_what_waits_for_its_index_comes_first_all_of_it_together() -> None:
+    assert plan([SegmentSize(10, 1), *full(100, 100, 100), *frozen(10)], POLICY) == [4]
+    assert plan([*full(100), *frozen(10), *full(100), *frozen(20)], POLICY) == [1, 3]
+    assert plan(frozen(10, 100, 10, 100, 10, 100, 10), POLICY) == [0, 2, 4, 6], "with the rest of its tier"
+    assert plan(frozen(500, 400, 200), POLICY) == [0, 1], "no more than makes a segment of the largest size"
+    assert plan(frozen(2000), POLICY) == [0], "however large it is"
+    assert plan([SegmentSize(10, 0, frozen=True)], POLICY) == [0]
+
+
+def test_what_waits_goes_straight_into_its_tier() -> None:
+    assert plan([*full(300, 300, 10, 10), *frozen(10)], POLICY) == [2, 3, 4]
+    assert plan([*full(300, 300, 10), *frozen(10)], POLICY) == [3]
 
 
 def test_a_segment_with_many_dead_rows_is_rewritten_by_itself() -> None:
@@ -30,10 +47,17 @@ def test_a_segment_with_many_dead_rows_is_rewritten_by_itself() -> None:
     assert plan([SegmentSize(0, 0), SegmentSize(10, 0)], POLICY) == [1]
 
 
-def test_enough_of_one_tier_are_merged_smallest_first() -> None:
+def test_a_complete_tier_is_merged_smallest_first() -> None:
     assert plan(full(10, 10, 10), POLICY) == [0, 1, 2]
+    assert plan(full(10, 10, 10, 20, 40), POLICY) == [0, 1, 2, 3, 4], "all of it, not only so many"
     assert plan(full(300, 10, 310, 40, 320, 12), POLICY) == [1, 3, 5]
     assert plan(full(300, 10, 310, 41, 320, 12), POLICY) == [0, 2, 4], "41 is more than four times 10"
+
+
+def test_small_segments_are_of_one_tier_however_much_they_differ() -> None:
+    policy = MergePolicy(fan_in=3, floor_rows=64)
+    assert plan(full(1, 10, 64), policy) == [0, 1, 2]
+    assert plan(full(1, 10, 64), MergePolicy(fan_in=3, floor_rows=1)) == []
 
 
 def test_no_merge_makes_a_segment_larger_than_the_largest() -> None:
@@ -42,20 +66,44 @@ def test_no_merge_makes_a_segment_larger_than_the_largest() -> None:
     assert plan(full(2000, 2000, 2000), POLICY) == []
 
 
-@given(st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1), st.booleans()), max_size=12), st.integers(2, 5))
-def test_maintenance_comes_to_an_end(segments: list[tuple[int, float, bool]], fan_in: int) -> None:
-    policy = MergePolicy(fan_in=fan_in, max_rows=200)
-    sizes = [SegmentSize(rows, int(rows * share), frozen) for rows, share, frozen in segments]
+def test_nothing_is_planned_that_there_is_no_room_for() -> None:
+    assert plan(full(10, 10, 10), POLICY, 300) == [0, 1, 2]
+    assert plan(full(10, 10, 10), POLICY, 299) == []
+    assert plan(full(10, 10, 10, 10), POLICY, 350) == [0, 1, 2], "as many of a tier as fit"
+    assert plan(frozen(10, 20, 30), POLICY, 300) == [0, 1]
+    assert plan(frozen(10, 20, 30), POLICY, 200) == [0]
+    assert plan([*frozen(30), *full(1, 1, 1)], POLICY, 200) == [1, 2, 3]
+    assert plan([SegmentSize(100, 50, job_bytes=500), SegmentSize(10, 5, job_bytes=50)], POLICY, 100) == [1]
+
+
+@pytest.mark.parametrize("wrong", [{"fan_in": 1}, {"dead_share": 0.0}, {"dead_share": 1.5}])
+def test_a_policy_that_would_merge_for_ever_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
+        MergePolicy(**wrong)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1), st.booleans()), max_size=12),
+    st.integers(2, 5),
+    st.integers(1, 40),
+    st.none() | st.integers(60, 500),
+)
+def test_maintenance_comes_to_an_end(
+    segments: list[tuple[int, float, bool]], fan_in: int, floor_rows: int, room: int | None
+) -> None:
+    policy = MergePolicy(fan_in=fan_in, max_rows=200, floor_rows=floor_rows)
+    sizes = [SegmentSize(rows, int(rows * share), frozen, int(rows * share)) for rows, share, frozen in segments]
     live = sum(size.live for size in sizes)
     for _ in range(3 * len(sizes) + 1):
-        chosen = plan(sizes, policy)
+        chosen = plan(sizes, policy, room)
         if not chosen:
             break
         assert len(chosen) == len(set(chosen))
         rows = sum(sizes[at].live for at in chosen)
         assert len(chosen) == 1 or rows <= policy.max_rows
+        assert room is None or rows <= room
         sizes = [size for at, size in enumerate(sizes) if at not in chosen]
-        sizes += [SegmentSize(rows, rows)] if rows else []
+        sizes += [SegmentSize(rows, rows, job_bytes=rows)] if rows else []
     else:
         raise AssertionError("rewriting for ever")
     assert sum(size.live for size in sizes) == live

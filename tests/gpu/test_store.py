@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,15 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headrace.gpu import maintenance
 from headrace.gpu.backend import Backend, resolve
+from headrace.gpu.calibrate import Calibration
+from headrace.gpu.errors import ConfigError, RecordError
+from headrace.gpu.filters import parse
+from headrace.gpu.ids import hash_ids, row_digests
+from headrace.gpu.index_spec import KINDS, IndexSpec
 from headrace.gpu.merge import MergePolicy
-from headrace.gpu.rows import DELETED, Action, row_hash
+from headrace.gpu.rows import DELETED, Action
 from headrace.gpu.segments import Sealed
 from headrace.gpu.store import Applied, Store, StoreSettings
 from tests.gpu.batches import DIM, batch_of, vector_of
 
 BACKENDS = [pytest.param("host"), pytest.param("rapids", marks=pytest.mark.gpu)]
-SMALL = StoreSettings(seal_rows=64, graph_degree=8, graph_effort=32, search_effort=64, merge=MergePolicy(fan_in=3))
+SMALL = StoreSettings(seal_rows=64, merge=MergePolicy(fan_in=3, tier=4.0, floor_rows=1))
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
@@ -27,9 +34,27 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return resolve(request.param)
 
 
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def store_of(
+    backend: Backend, ids: str = "integer", metric: str = "cosine", settings: StoreSettings = SMALL, kind: str = "graph"
+) -> Store:
+    return Store(backend, DIM, metric, settings, index=IndexSpec(kind, graph_degree=8, graph_effort=32), ids=ids)
+
+
 @pytest.fixture
 def store(backend: Backend) -> Store:
-    return Store(backend, DIM, "cosine", SMALL)
+    """Its ids are texts."""
+    return store_of(backend, "string")
+
+
+@pytest.fixture
+def numbers(backend: Backend) -> Store:
+    """Its ids are integers."""
+    return store_of(backend)
 
 
 def put(store: Store, *rows: dict[str, Any], stamp: dict[int, int] | None = None) -> Applied:
@@ -117,10 +142,10 @@ class TestVersions:
     @pytest.mark.parametrize("action", [Action.KEEP, Action.HOLD])
     def test_the_same_version_takes_over_the_new_cell(self, store: Store, action: Action) -> None:
         put(store, {"id": "a", "offset": 1, "cell": 0}, {"id": "b", "offset": 2, "cell": 0})
-        before = store.view.segments[0].segment.count
+        before = len(store.view.segments[0].alive)
         assert put(store, {"id": "a", "offset": 1, "cell": 7, "action": action}) == Applied(0, 0, 0, ())
         assert versions(store) == {"a": (0, 1, 7), "b": (0, 2, 0)}
-        assert store.view.segments[0].segment.count == before, "the row was written again"
+        assert len(store.view.segments[0].alive) == before, "the row was written again"
 
     def test_keep_reports_what_is_not_here(self, store: Store) -> None:
         put(store, {"id": "old", "offset": 1}, {"id": "new", "offset": 9}, {"id": "same", "offset": 3})
@@ -151,7 +176,7 @@ class TestVersions:
         rows = [{"id": "a", "partition": partition, "offset": 7 - partition, "timestamp": 5} for partition in (0, 1)]
         ends = []
         for order in (rows, rows[::-1]):
-            store = Store(backend, DIM, "cosine", SMALL)
+            store = store_of(backend, "string")
             for row in order:
                 put(store, row)
             ends.append(versions(store))
@@ -166,7 +191,8 @@ class TestVersions:
         assert versions(store) == {"a": (0, 1, 0)}
         assert store.view.stamp == {0: 2}
 
-    def test_vectors_and_attributes_belong_to_the_rows_that_are_held(self, store: Store) -> None:
+    def test_vectors_and_attributes_belong_to_the_rows_that_are_held(self, numbers: Store) -> None:
+        store = numbers
         put(store, {"id": 4, "offset": 90})
         rows = [{"id": n, "offset": n, "attributes": {"n": n}, "cell": DELETED if n % 3 == 0 else 0} for n in range(10)]
         put(store, *rows)
@@ -177,7 +203,7 @@ class TestVersions:
             np.testing.assert_array_equal(row.vector, vector_of(row.id, row.offset))
 
     def test_a_growing_segment_grows(self, backend: Backend) -> None:
-        store = Store(backend, DIM, "cosine", replace(SMALL, seal_rows=10_000))
+        store = store_of(backend, settings=replace(SMALL, seal_rows=10_000))
         for start in (0, 900, 1800, 2700):
             rows = [{"id": n, "partition": 2, "offset": n, "cell": 3} for n in range(start, start + 900)]
             put(store, *({**row, "attributes": {"n": row["id"], f"from-{start}": True}} for row in rows))
@@ -189,18 +215,34 @@ class TestVersions:
             assert row.timestamp == row.id
             np.testing.assert_array_equal(row.vector, vector_of(row.id, row.offset))
 
-    def test_integer_ids_are_not_the_strings_that_look_like_them(self, store: Store) -> None:
-        put(store, {"id": 7, "offset": 1}, {"id": "7", "offset": 2})
-        assert set(versions(store)) == {7, "7"}
-        assert row_hash(7, 0, 1) != row_hash("7", 0, 1)
-        assert type(next(row.id for chunk in store.scan() for row in chunk if row.id == 7)) is int
+    def test_ids_come_back_as_they_were_given(self, store: Store, numbers: Store) -> None:
+        put(store, {"id": "7", "offset": 1}, {"id": "", "offset": 2}, {"id": "\ud800\0é", "offset": 3})
+        assert set(versions(store)) == {"7", "", "\ud800\0é"}
+        put(numbers, {"id": 7, "offset": 1}, {"id": -(2**63), "offset": 2}, {"id": 2**63 - 1, "offset": 3})
+        assert set(versions(numbers)) == {7, -(2**63), 2**63 - 1}
+        assert all(type(row_id) is int for row_id in versions(numbers))
+
+    def test_a_kind_of_ids_that_there_is_not(self, backend: Backend) -> None:
+        with pytest.raises(ConfigError, match="'uuid': use 'string' or 'integer'"):
+            store_of(backend, "uuid")
+
+    def test_an_attribute_of_another_kind_changes_nothing(self, store: Store) -> None:
+        put(store, {"id": "a", "offset": 1, "attributes": {"n": 1}}, stamp={0: 2})
+        with pytest.raises(RecordError):
+            put(store, {"id": "a", "offset": 2, "attributes": {"n": "x"}}, {"id": "b", "offset": 3}, stamp={0: 4})
+        assert versions(store) == {"a": (0, 1, 0)}
+        assert store.view.stamp == {0: 2}
+        put(store, {"id": "a", "offset": 2, "attributes": {"n": 7}})
+        [row], _ = store.get(["a"])
+        assert row is not None
+        assert row.attributes == {"n": 7}
 
 
 class TestReplay:
     @pytest.mark.parametrize("seal", [False, True], ids=["growing", "sealed"])
     def test_a_thousand_offsets_twice_and_out_of_order_equal_one_delivery(self, backend: Backend, seal: bool) -> None:
         log = log_of(1000, ids=150)
-        once, often = Store(backend, DIM, "cosine", SMALL), Store(backend, DIM, "cosine", SMALL)
+        once, often = store_of(backend, "string"), store_of(backend, "string")
         for chunk in chunks(log, 25):
             put(once, *chunk)
         again = chunks(log, 25) * 2
@@ -218,7 +260,7 @@ class TestReplay:
 
     def test_digests_are_sums_over_rows_whatever_their_order(self, backend: Backend) -> None:
         rows = [{"id": f"r{number}", "offset": number, "cell": number % 3} for number in range(200)]
-        forward, backward = Store(backend, DIM, "cosine", SMALL), Store(backend, DIM, "cosine", SMALL)
+        forward, backward = store_of(backend, "string"), store_of(backend, "string")
         put(forward, *rows, stamp={0: 200})
         for chunk in chunks(rows[::-1], 30):
             put(backward, *chunk)
@@ -226,7 +268,10 @@ class TestReplay:
         digests, stamp = forward.digests()
         assert digests == backward.digests()[0]
         assert stamp == {0: 200}
-        assert digests[1] == (67, sum(row_hash(f"r{n}", 0, n) for n in range(1, 200, 3)) % 2**64)
+        mine = np.arange(1, 200, 3)
+        hashes = hash_ids([f"r{n}" for n in mine], "string")
+        truth = row_digests(hashes, np.zeros(67, dtype=np.int32), mine)
+        assert digests[1] == (67, sum(truth.tolist()) % 2**64)
         put(backward, {"id": "r4", "offset": 200, "cell": 1})
         changed = backward.digests()[0]
         assert changed[1] != digests[1]
@@ -251,7 +296,8 @@ class TestCells:
         assert store.drop_cells(frozenset()) == 51
         assert versions(store) == {}
 
-    def test_scan_of_some_cells(self, store: Store) -> None:
+    def test_scan_of_some_cells(self, numbers: Store) -> None:
+        store = numbers
         put(store, *({"id": number, "offset": number, "cell": number % 4} for number in range(150)))
         found = list(store.scan(frozenset([1, 3]), vectors=True, batch=10))
         assert max(map(len, found)) <= 10
@@ -263,7 +309,8 @@ class TestCells:
 
 
 class TestForget:
-    def test_only_deletions_below_stable_are_forgotten(self, store: Store) -> None:
+    def test_only_deletions_below_stable_are_forgotten(self, numbers: Store) -> None:
+        store = numbers
         count = 5000
         put(store, *({"id": n, "partition": n % 2, "offset": n, "cell": DELETED} for n in range(count)))
         assert store.statistics()["remembered"] == count
@@ -273,7 +320,8 @@ class TestForget:
         put(store, {"id": 999, "partition": 1, "offset": 1})
         assert set(versions(store)) == {998}, "what is not stable everywhere must be remembered"
 
-    def test_an_unknown_topic_partition_is_not_forgotten(self, store: Store) -> None:
+    def test_an_unknown_topic_partition_is_not_forgotten(self, numbers: Store) -> None:
+        store = numbers
         put(store, *({"id": n, "partition": 3, "offset": n, "cell": DELETED} for n in range(5000)))
         store.forget({0: 10_000})
         assert store.statistics()["remembered"] == 5000
@@ -281,8 +329,8 @@ class TestForget:
 
 class TestReads:
     @pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
-    def test_search_over_all_segments_agrees_with_a_full_sort(self, backend: Backend, metric: str) -> None:
-        store = Store(backend, DIM, metric, SMALL)
+    def test_search_over_all_segments_agrees_with_a_full_sort(self, backend: Backend, metric: str, kind: str) -> None:
+        store = store_of(backend, metric=metric, kind=kind)
         put(store, *({"id": n, "offset": n} for n in range(70)))
         finish(store)
         put(store, *({"id": n, "offset": 100 + n} for n in range(60, 140)))
@@ -302,15 +350,36 @@ class TestReads:
             assert [row.id for row in rows] == [list(live)[at] for at in order]
             np.testing.assert_allclose(scores, truth[order], rtol=1e-4, atol=1e-5)
 
-    def test_fewer_rows_than_asked_for(self, store: Store) -> None:
+    def test_the_recall_target_sets_the_effort(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = store_of(backend)
+        put(store, *({"id": n, "offset": n} for n in range(64)))
+        finish(store)
+        [sealed] = [part.segment for part in store.view.segments if isinstance(part.segment, Sealed)]
+        sealed.calibration = Calibration(((16, 0.5), (32, 0.96), (64, 0.999)))
+        efforts = []
+        search = backend.kinds["graph"].search
+
+        def watched(*args: Any, effort: int) -> Any:
+            efforts.append(effort)
+            return search(*args, effort=effort)
+
+        monkeypatch.setattr(backend.kinds["graph"], "search", watched)
+        query = vector_of("query")[None]
+        store.search(query, 3)
+        for target in (0.4, 0.99, 1.0):
+            store.search(query, 3, recall_target=target)
+        assert efforts == [32, 16, 64, 64]
+
+    def test_fewer_rows_than_asked_for(self, numbers: Store) -> None:
+        store = numbers
         assert store.search(np.zeros((2, DIM), dtype=np.float32), 3).rows == [[], []]
         assert store.search(np.zeros((0, DIM), dtype=np.float32), 3).rows == []
         put(store, *({"id": n, "offset": n} for n in range(64)))
         finish(store)
-        put(store, {"id": "x", "offset": 100}, *({"id": n, "offset": 200 + n, "cell": DELETED} for n in range(62)))
-        found = store.search(vector_of("x", 100)[None], 10)
-        assert {row.id for row in found.rows[0]} == {"x", 62, 63}
-        assert found.rows[0][0].id == "x"
+        put(store, {"id": -9, "offset": 100}, *({"id": n, "offset": 200 + n, "cell": DELETED} for n in range(62)))
+        found = store.search(vector_of(-9, 100)[None], 10)
+        assert {row.id for row in found.rows[0]} == {-9, 62, 63}
+        assert found.rows[0][0].id == -9
         assert len(found.scores[0]) == 3
 
     def test_an_answer_carries_the_stamp_of_its_rows(self, store: Store) -> None:
@@ -324,7 +393,8 @@ class TestReads:
         with pytest.raises(TypeError):
             store.view.stamp[0] = 10  # type: ignore[index]
 
-    def test_a_view_stays_as_it_was(self, store: Store) -> None:
+    def test_a_view_stays_as_it_was(self, numbers: Store) -> None:
+        store = numbers
         put(store, *({"id": n, "offset": n, "cell": 1} for n in range(50)), stamp={0: 50})
         view = store.view
         scan = store.scan(vectors=True)
@@ -340,13 +410,14 @@ class TestReads:
             np.testing.assert_array_equal(part.alive, alive)
             np.testing.assert_array_equal(part.cells, cells)
         [part] = [part for part in view.segments if len(part.alive)]
-        assert [part.segment.version(row)[1] for row in range(50)] == list(range(50))
+        assert part.segment.versions.offsets[:50].tolist() == list(range(50))
         assert [row.offset for row in first] == list(range(50))
         queries = np.array([vector_of(n, n) for n in range(50)])
-        _, rows = part.segment.search(part.alive, store._backend.xp.asarray(queries), 1, 64)
+        _, rows = part.segment.search(None, store._backend.xp.asarray(queries), 1, 1.0, 50)
         assert rows[:, 0].tolist() == list(range(50)), "an older view no longer finds its rows"
 
-    def test_sample(self, store: Store) -> None:
+    def test_sample(self, numbers: Store) -> None:
+        store = numbers
         assert store.sample(5).shape == (0, DIM)
         put(store, *({"id": n, "offset": n} for n in range(100)))
         finish(store)
@@ -362,27 +433,95 @@ class TestReads:
         np.testing.assert_array_equal(store.sample(10, seed=3), store.sample(10, seed=3))
         assert not np.array_equal(store.sample(10, seed=3), store.sample(10, seed=4))
 
-    def test_statistics(self, store: Store) -> None:
-        put(
-            store,
-            *({"id": n, "offset": n, "attributes": {"x": n}} for n in range(64)),
-            {"id": "d", "offset": 9, "cell": -1},
-        )
+    def test_statistics(self, backend: Backend, kind: str) -> None:
+        store = store_of(backend, kind=kind)
+        rows = ({"id": n, "offset": n, "attributes": {"x": n}} for n in range(64))
+        put(store, *rows, {"id": 70, "offset": 9, "cell": DELETED})
         finish(store)
-        put(store, {"id": "a", "offset": 100}, {"id": 0, "offset": 101, "cell": DELETED})
+        put(store, {"id": 71, "offset": 100}, {"id": 0, "offset": 101, "cell": DELETED})
         told = store.statistics()
         assert (told["rows"], told["remembered"]) == (64, 2)
-        assert told["segments"] == [
-            {"kind": "sealed", "rows": 64, "live": 63},
-            {"kind": "growing", "rows": 1, "live": 1},
+        assert [{name: part[name] for name in ("kind", "index", "rows", "live")} for part in told["segments"]] == [
+            {"kind": "sealed", "index": kind, "rows": 64, "live": 63},
+            {"kind": "growing", "index": "exact", "rows": 1, "live": 1},
         ]
-        assert told["bytes"]["index"] >= 64 * DIM * 4
-        assert told["bytes"]["vectors"] >= DIM * 4
-        assert told["bytes"]["columns"] >= 64 * 20
+        sealed, growing = (part["bytes"] for part in told["segments"])
+        assert sealed["vectors"] >= 64 * DIM * 4
+        assert sealed["columns"] >= 64 * 8
+        assert sealed["ids"] >= 64 * 8
+        assert sealed["marks"] == 64 * 5
+        assert sealed["versions"] == 64 * 20
+        assert growing["vectors"] >= DIM * 4
+        assert told["bytes"]["vectors"] == sealed["vectors"] + growing["vectors"]
+        assert told["bytes"]["id map"] >= 66 * 16
+        assert told["bytes"]["remembered"] >= 2 * 28
+        memory = told["memory"]
+        assert memory["held"] == sum(told["bytes"].values()) == memory["all"]
+        assert (memory["limit"], memory["working"], memory["full"]) == (None, 0, False)
+
+    def test_float16_halves_the_vectors(self, backend: Backend, kind: str) -> None:
+        sizes = {}
+        for dtype in ("float32", "float16"):
+            index = IndexSpec(kind, dtype, graph_degree=8, graph_effort=32)
+            store = Store(backend, DIM, "cosine", SMALL, index=index, ids="integer")
+            put(store, *({"id": n, "offset": n} for n in range(64)))
+            put(store, *({"id": n, "offset": n} for n in range(64, 100)))
+            growing = store.statistics()["segments"][-1]["bytes"]["vectors"]
+            finish(store)
+            [sealed] = [part["bytes"] for part in store.statistics()["segments"] if part["kind"] == "sealed"]
+            sizes[dtype] = growing, sealed["vectors"]
+            rows, _ = store.get([5, 80], vectors=True)
+            for row in rows:
+                assert row is not None
+                assert row.vector is not None
+                assert row.vector.dtype == np.float32
+                np.testing.assert_allclose(row.vector, vector_of(row.id, row.offset), atol=1e-3)
+            assert all(nearest(store, n, n) == n for n in range(100))
+        assert sizes["float16"] == tuple(size // 2 for size in sizes["float32"])
+
+    def test_a_number_too_large_for_float16_changes_nothing(self, backend: Backend) -> None:
+        store = Store(backend, DIM, "ip", SMALL, index=IndexSpec(dtype="float16"))
+        batch = batch_of([{"id": "a", "offset": 1}])
+        with pytest.raises(ValueError, match="70000, too large for float16"):
+            store.apply(replace(batch, vectors=np.full((1, DIM), 7e4, dtype=np.float32)))
+        assert versions(store) == {}
+
+    @pytest.mark.parametrize("metric", ["cosine", "l2"])
+    def test_only_some_cells(self, backend: Backend, kind: str, metric: str) -> None:
+        store = store_of(backend, kind=kind, metric=metric)
+        put(store, *({"id": n, "offset": n, "cell": n % 7} for n in range(70)))
+        finish(store)
+        put(store, *({"id": n, "offset": n, "cell": n % 7} for n in range(70, 120)))
+        queries = np.array([vector_of("query", n) for n in range(4)])
+        matrix = np.array([vector_of(n, n) for n in range(120)])
+        truth = ((matrix[None] - queries[:, None]) ** 2).sum(axis=2) if metric == "l2" else -(queries @ matrix.T)
+        for cells in ([3], [0, 6], range(7)):
+            chosen = np.flatnonzero(np.isin(np.arange(120) % 7, list(cells)))
+            found = store.search(queries, 9, cells=frozenset(cells))
+            for rows, all_scores in zip(found.rows, truth, strict=True):
+                assert [row.id for row in rows] == chosen[np.argsort(all_scores[chosen])[:9]].tolist()
+        assert store.search(queries, 3, cells=frozenset([99])).rows == [[]] * 4
+        assert store.search(queries, 3, cells=frozenset()).rows == [[]] * 4
+
+    def test_a_filter_reads_the_columns_of_every_segment(self, backend: Backend, kind: str) -> None:
+        store = store_of(backend, kind=kind)
+        put(store, *({"id": n, "offset": n, "cell": n % 2, "attributes": {"price": n}} for n in range(64)))
+        finish(store)
+        rows = [{"id": n, "offset": n, "cell": n % 2, "attributes": {"brand": "ab"[n % 2]}} for n in range(64, 80)]
+        put(store, *rows, {"id": 3, "offset": 100, "cell": DELETED})
+        where = parse("price < 5 or brand == 'b'", {"price": "int", "brand": "str"})
+        queries = np.array([vector_of("query", n) for n in range(3)])
+        for found in store.search(queries, 50, where=where).rows:
+            assert {row.id for row in found} == {0, 1, 2, 4, *range(65, 80, 2)}
+        for found in store.search(queries, 50, where=where, cells=frozenset([0])).rows:
+            assert {row.id for row in found} == {0, 2, 4}
+        nothing = parse("price > 1000", {"price": "int"})
+        assert store.search(queries, 50, where=nothing).rows == [[], [], []]
 
 
 class TestMaintenance:
-    def test_a_full_growing_segment_is_sealed_and_several_are_merged(self, store: Store) -> None:
+    def test_a_full_growing_segment_is_sealed_and_several_are_merged(self, backend: Backend, kind: str) -> None:
+        store = store_of(backend, kind=kind)
         assert not store.wants_maintenance()
         put(store, *({"id": n, "offset": n, "attributes": {"n": n}} for n in range(63)))
         assert not store.wants_maintenance()
@@ -402,7 +541,8 @@ class TestMaintenance:
             np.testing.assert_array_equal(row.vector, vector_of(row.id, row.offset))
         assert all(nearest(store, n, n) == n for n in range(0, 319, 7))
 
-    def test_dead_rows_are_rewritten_away(self, store: Store) -> None:
+    def test_dead_rows_are_rewritten_away(self, numbers: Store) -> None:
+        store = numbers
         put(store, *({"id": n, "offset": n} for n in range(64)))
         finish(store)
         put(store, *({"id": n, "offset": 100 + n, "cell": DELETED} for n in range(32)))
@@ -416,33 +556,32 @@ class TestMaintenance:
 
     @pytest.mark.parametrize("merging", [False, True], ids=["seal", "merge"])
     def test_what_changes_during_a_build_is_carried_over(
-        self, backend: Backend, merging: bool, monkeypatch: pytest.MonkeyPatch
+        self, backend: Backend, merging: bool, kind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        store = Store(backend, DIM, "cosine", SMALL)
+        store = store_of(backend, kind=kind)
         put(store, *({"id": n, "offset": n, "cell": 1} for n in range(64)))
         if merging:
             finish(store)
             put(store, *({"id": n, "offset": n, "cell": 1} for n in range(64, 128)))
             store.maintain()
             put(store, *({"id": n, "offset": n, "cell": 1} for n in range(128, 192)))
-            store.maintain()
-        build = backend.graph.build
+        build = backend.kinds[kind].build
 
         def meanwhile(*args: Any, **settings: Any) -> Any:
             index = build(*args, **settings)
             put(store, {"id": 3, "offset": 1003, "cell": 2})
             put(store, {"id": 4, "offset": 1004, "cell": DELETED})
             put(store, {"id": 5, "offset": 5, "cell": 9, "action": Action.KEEP})
-            put(store, {"id": 6, "offset": 6, "action": Action.DROP}, {"id": "new", "offset": 1006, "cell": 2})
+            put(store, {"id": 6, "offset": 6, "action": Action.DROP}, {"id": 900, "offset": 1006, "cell": 2})
             put(store, {"id": 7, "offset": 7, "action": Action.DROP})
             put(store, {"id": 7, "offset": 7, "cell": 8})
             return index
 
-        monkeypatch.setattr(backend.graph, "build", meanwhile)
+        monkeypatch.setattr(backend.kinds[kind], "build", meanwhile)
         assert store.maintain()
         monkeypatch.undo()
         now = versions(store)
-        assert (now[3], now[5], now["new"], now[7]) == ((0, 1003, 2), (0, 5, 9), (0, 1006, 2), (0, 7, 8))
+        assert (now[3], now[5], now[900], now[7]) == ((0, 1003, 2), (0, 5, 9), (0, 1006, 2), (0, 7, 8))
         assert 4 not in now
         assert 6 not in now
         assert len(now) == (192 if merging else 64) - 2 + 1
@@ -452,15 +591,71 @@ class TestMaintenance:
         put(store, {"id": 5, "offset": 2000})
         assert versions(store)[5] == (0, 2000, 0), "the place of a row was lost at the swap"
 
-    def test_a_build_that_fails_loses_nothing_and_is_done_again(
-        self, store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("dropping", [False, True])
+    def test_what_changes_before_all_places_are_entered(
+        self, numbers: Store, dropping: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """After the swap the map of ids still has the old places, until they have been entered piece by piece."""
+        store = numbers
+        put(store, *({"id": n, "offset": n, "cell": n % 2} for n in range(64)))
+        monkeypatch.setattr(store._table.directory, "step", lambda count: False)
+        assert store.maintain()
+        monkeypatch.undo()
+        store._table.directory.step(20)
+        expected = {n: (0, n, n % 2) for n in range(64)}
+        assert [row and row.offset for row in store.get(range(64))[0]] == list(range(64))
+        if dropping:
+            assert store.drop_cells(frozenset([1])) == 32
+            expected = {n: (0, n, 1) for n in range(1, 64, 2)}
+        changes = [{"id": n, "offset": 100 + n, "cell": 1} for n in range(0, 64, 3)]
+        deletes = [{"id": n, "offset": 200 + n, "cell": DELETED} for n in range(0, 64, 7)]
+        put(store, *changes)
+        put(store, *deletes)
+        expected |= {row["id"]: (0, row["offset"], 1) for row in changes}
+        expected = {n: version for n, version in expected.items() if n % 7}
+        assert versions(store) == expected
+        assert {row.id for row in store.get(range(64))[0] if row} == set(expected)
+        put(store, *({"id": n, "offset": n} for n in range(1000, 1064)))
+        finish(store)
+        put(store, *({"id": n, "offset": 300 + n, "cell": 1} for n in range(64)))
+        expected = {n: (0, 300 + n, 1) for n in range(64)} | {n: (0, n, 0) for n in range(1000, 1064)}
+        assert versions(store) == expected
+
+    def test_applies_come_between_the_steps_of_entering_places(
+        self, numbers: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store, entered, steps = numbers, threading.Event(), []
+        monkeypatch.setattr(maintenance, "_STEP", 1)
+        put(store, *({"id": n, "offset": n} for n in range(500)))
+        step = store._table.directory.step
+
+        def slow(count: int) -> bool:
+            entered.set()
+            steps.append(count)
+            time.sleep(0.002)
+            return step(count)
+
+        monkeypatch.setattr(store._table.directory, "step", slow)
+        thread = threading.Thread(target=store.maintain)
+        thread.start()
+        assert entered.wait(30)
+        for n in range(5):
+            put(store, {"id": n, "offset": 1000 + n})
+        assert len(steps) < 100, "five applies had to wait for most of it"
+        monkeypatch.undo()
+        thread.join()
+        assert versions(store)[3] == (0, 1003, 0)
+
+    def test_a_build_that_fails_loses_nothing_and_is_done_again(
+        self, numbers: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = numbers
         put(store, *({"id": n, "offset": n} for n in range(64)))
 
         def fails(*args: Any, **settings: Any) -> Any:
             raise MemoryError
 
-        monkeypatch.setattr(backend.graph, "build", fails)
+        monkeypatch.setattr(backend.kinds["graph"], "build", fails)
         with pytest.raises(MemoryError):
             store.maintain()
         monkeypatch.undo()
@@ -495,9 +690,9 @@ def run_together(seconds: float, *jobs: Callable[[], None]) -> None:
 
 
 class TestNothingBlinks:
-    def test_live_ids_are_always_found_once(self, backend: Backend) -> None:
+    def test_live_ids_are_always_found_once(self, backend: Backend, kind: str) -> None:
         """Steady ids are searched for while they are upserted with the same vector, sealed, merged and relabelled."""
-        store = Store(backend, DIM, "cosine", SMALL)
+        store = store_of(backend, kind=kind)
         steady = 40
         vectors = np.array([vector_of(n) for n in range(steady)])
         rng = np.random.default_rng(0)
@@ -540,7 +735,7 @@ class TestNothingBlinks:
 
     def test_no_row_is_lost_when_a_segment_freezes_while_maintenance_looks(self, backend: Backend) -> None:
         """Inserts only, so that every row ever written must be there in the end."""
-        store = Store(backend, DIM, "cosine", replace(SMALL, seal_rows=8))
+        store = store_of(backend, settings=replace(SMALL, seal_rows=8))
         clock = iter(range(10**9))
         written: list[int] = []
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import headrace
+from headrace.cluster.state import CollectionSpec
 from headrace.gpu.errors import ConfigError, HeadraceError, RecordError
 from headrace.pipeline.arguments import check_ids, seconds
+from headrace.pipeline.queries import texts_in, vectors_in
 from headrace.pipeline.results import bounded
 from headrace.streams.broker import EmbeddedBroker
 
@@ -56,6 +59,50 @@ def docs(db: headrace.Database, broker: EmbeddedBroker) -> headrace.Collection:
     return collection
 
 
+@pytest.mark.parametrize("address", [5, "nonsense", "tcp://", "tcp://host", "host:port", ""])
+def test_what_is_no_address(address: Any) -> None:
+    with pytest.raises(ConfigError, match="no scheduler's address"):
+        headrace.connect(address)
+
+
+@pytest.mark.parametrize("workers", ["x", 0, 1.5, True])
+def test_a_number_of_workers_that_cannot_be(workers: Any) -> None:
+    with pytest.raises(ConfigError, match="workers cannot hold"):
+        headrace.connect(workers=workers)
+
+
+async def test_an_asynchronous_connection_can_be_entered(db: headrace.Database) -> None:
+    async with headrace.connect_async(db.address) as entered:
+        awaited = await headrace.connect_async(db.address)
+        assert await entered.collections() == await awaited.collections()
+        await awaited.close()
+
+
+def test_a_closed_connection_says_so(db: headrace.Database) -> None:
+    other = headrace.connect(db.address)
+    other.close()
+    with pytest.raises(headrace.ClusterError, match="connect again"):
+        other.collections()
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "name, a number": {"name": 5},
+    "name, a dot alone": {"name": "."},
+    "cells, too many": {"cells": 10**8},
+    "replicas, too many": {"replicas": 100},
+    "attributes, a list": {"attributes": ["a"]},
+    "attributes, no such kind": {"attributes": {"a": "date"}},
+    "dim, a text": {"dim": "4"},
+}
+
+
+@pytest.mark.parametrize("given", SPECS.values(), ids=SPECS.keys())
+def test_a_collection_that_cannot_be(db: headrace.Database, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        db.create_collection(**{"name": "wrong", "dim": 2, **given})
+    assert "wrong" not in db.collections()
+
+
 WRONG: dict[str, Callable[[Any], object]] = {
     "upsert nothing": lambda docs: docs.upsert(None),
     "upsert a text": lambda docs: docs.upsert("a"),
@@ -69,6 +116,13 @@ WRONG: dict[str, Callable[[Any], object]] = {
     "count, deadline": lambda docs: docs.count(deadline="soon"),
     "search, deadline": lambda docs: docs.search([1, 2], deadline="soon"),
     "search, too large for float32": lambda docs: docs.search([1e39, 0]),
+    "search, no text": lambda docs: docs.search("a"),
+    "upsert, no direction": lambda docs: docs.upsert([{"id": "a", "vector": [0, 0]}]),
+    "upsert, too long a vector": lambda docs: docs.upsert([{"id": "a", "vector": [1e25, 0]}]),
+    "upsert, two kinds in a column": lambda docs: docs.upsert(
+        [{"id": "a", "vector": [1, 2], "n": 1}, {"id": "b", "vector": [1, 2], "n": "one"}]
+    ),
+    "upsert, beyond int64": lambda docs: docs.upsert([{"id": "a", "vector": [1, 2], "n": 2**70}]),
     "scan, no such worker": lambda docs: list(docs.scan(worker="x")),
     "verify, deadline": lambda docs: docs.verify(deadline="x"),
     "ingest, no broker": lambda docs: docs.ingest("", "arguments"),
@@ -81,3 +135,30 @@ def test_wrong_arguments_in_a_call(docs: headrace.Collection, call: Callable[[An
     with pytest.raises(HeadraceError):
         call(docs)
     assert docs.count(consistency="strong") == 0
+
+
+def test_a_column_that_is_known_decides(docs: headrace.Collection, db: headrace.Database) -> None:
+    docs.upsert([{"id": "a", "vector": [1, 2], "n": 1}], wait="searchable")
+    with headrace.connect(db.address) as other:  # whose picture of the columns is new
+        again = other.collection("arguments")
+        with pytest.raises(RecordError, match="this column holds int"):
+            again.upsert([{"id": "b", "vector": [1, 2], "n": "one"}])
+        frame = pd.DataFrame({"id": ["b", "c"], "vector": [[1, 2], [3, 4]], "n": [7, None]})
+        again.upsert(frame, wait="searchable")  # pandas has made 7.0 of it
+        rows = again.get(["b", "c"])
+    assert [row and row.attributes for row in rows] == [{"n": 7}, {}]
+    docs.delete(["a", "b", "c"], wait="searchable")
+
+
+def test_large_numbers_have_a_direction_too() -> None:
+    spec = CollectionSpec("docs", dim=2)
+    vectors, single = vectors_in([3e38, 3e38], spec)
+    assert single
+    np.testing.assert_allclose(vectors, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+    with pytest.raises(RecordError, match="overflows"):
+        vectors_in([3e38, 3e38], CollectionSpec("docs", dim=2, metric="l2"))
+
+
+def test_a_text_that_is_none() -> None:
+    with pytest.raises(RecordError, match="no text in UTF-8"):
+        texts_in("a\ud800b", CollectionSpec("docs", dim=2, encoder="minilm@1"))

@@ -41,7 +41,7 @@ def sentence(capture: Capture) -> str:
 
 
 def test_the_commands_are_there() -> None:
-    assert COMMANDS == ["bench", "create", "demo", "ingest", "produce", "search", "status", "up"]
+    assert COMMANDS == ["bench", "create", "demo", "drain", "drop", "ingest", "produce", "search", "status", "up"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

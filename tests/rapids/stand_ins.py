@@ -7,8 +7,10 @@ RAPIDS would not take raises TypeError or AttributeError.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,15 +20,21 @@ import cupy
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import rmm.mr
 from cudf.core.accessors.lists import ListMethods
+from cuvs.common import Resources
 from cuvs.common.device_tensor_view import DeviceTensorView
 from cuvs.distance import DISTANCE_TYPES
-from cuvs.neighbors import brute_force, cagra, filters
+from cuvs.neighbors import brute_force, cagra, filters, ivf_pq
 
-from headrace.gpu.host import flat, kmeans
+from headrace.gpu.backend import Backend
+from headrace.gpu.host import exact, kmeans
+from headrace.gpu.index_spec import KINDS
 
 NOTHING = 0xFFFFFFFF
 """What CAGRA puts where it has found no row."""
+NO_ROW = np.iinfo(np.int64).max
+"""What IVF-PQ puts there."""
 
 
 def binds(real: Callable) -> Callable[[Callable], Callable]:
@@ -36,7 +44,8 @@ def binds(real: Callable) -> Callable[[Callable], Callable]:
         @functools.wraps(function)
         def call(*given: Any, **named: Any) -> Any:
             inspect.signature(real).bind(*given, **named)
-            return function(*given, **named)
+            with np.errstate(over="ignore"):  # a device does not warn
+                return function(*given, **named)
 
         return call
 
@@ -51,34 +60,50 @@ class Cupy(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(cupy, name)
-        if name == "asnumpy":
-            return binds(real)(np.array)
+        if name in ("asarray", "asnumpy"):
+            return binds(real)(np.array)  # between host and device there is always a copy
         ours = getattr(np, name)
         if isinstance(real, type | cupy.ufunc) or not callable(real):
             return ours
         return binds(real)(ours)
 
 
-def _check_matrix(matrix: Any) -> None:
-    assert matrix.dtype == np.float32
+def _check_matrix(matrix: Any, *dtypes: Any) -> None:
+    assert matrix.dtype in (dtypes or (np.float32,))
     assert matrix.flags.c_contiguous
 
 
-def _alive(prefilter: Any, n: int) -> np.ndarray:
+class Handle:
+    """`cuvs.common.Resources`: what is called with it is done only when it has been waited for."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    @binds(Resources.sync)
+    def sync(self) -> None:
+        self.waiting = 0
+
+    def use(self) -> None:
+        assert isinstance(self, Handle), "without a handle cuVS makes one for each call"
+        self.waiting += 1
+
+
+def _allowed(prefilter: Any, n: int) -> np.ndarray:
     if prefilter is None:
         return np.ones(n, dtype=bool)
     assert isinstance(prefilter, filters.Prefilter)
     words = prefilter.parent
     assert words.shape == (-(-n // 32),)
-    return np.array([words[row // 32] >> (row % 32) & 1 for row in range(n)], dtype=bool)
+    rows = np.arange(n)
+    return (words[rows // 32] >> (rows % 32) & 1).astype(bool)
 
 
 def _nearest(data: Any, metric: str, queries: Any, k: int, prefilter: Any) -> np.ndarray:
     assert DISTANCE_TYPES[metric] in (DISTANCE_TYPES["sqeuclidean"], DISTANCE_TYPES["inner_product"])
-    _check_matrix(queries)
-    alive = _alive(prefilter, len(data))
-    assert 1 <= k <= alive.sum()
-    return flat.search(data, alive, queries, k, "l2" if metric == "sqeuclidean" else "ip")[1]
+    allowed = _allowed(prefilter, len(data))
+    assert 1 <= k <= allowed.sum()
+    queries = queries.astype(np.float32)
+    return exact.search(data, allowed, queries, k, "l2" if metric == "sqeuclidean" else "ip")[1]
 
 
 class BruteForce:
@@ -86,61 +111,203 @@ class BruteForce:
 
     @staticmethod
     @binds(brute_force.build)
-    def build(dataset: Any, metric: str = "sqeuclidean") -> Any:
+    def build(dataset: Any, metric: str = "sqeuclidean", resources: Any = None) -> Any:
+        Handle.use(resources)
         _check_matrix(dataset)
         return SimpleNamespace(data=dataset, metric=metric)
 
     @staticmethod
     @binds(brute_force.search)
-    def search(index: Any, queries: Any, k: int, prefilter: Any = None) -> tuple[None, np.ndarray]:
+    def search(index: Any, queries: Any, k: int, prefilter: Any = None, resources: Any = None) -> Any:
+        Handle.use(resources)
+        _check_matrix(queries)
         return None, _nearest(index.data, index.metric, queries, k, prefilter)
+
+
+class Tensor:
+    """`DeviceTensorView` over an array."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array, self.shape = array, array.shape
+
+    @binds(DeviceTensorView.copy_to_host)
+    def copy_to_host(self) -> np.ndarray:
+        return self._array
 
 
 class CagraIndex:
     """`cuvs.neighbors.cagra.Index`."""
 
     def __init__(self, data: np.ndarray, metric: str, links: np.ndarray) -> None:
-        _check_matrix(data)
+        _check_matrix(data, np.float32, np.float16)
         assert data.strides[0] % 16 == 0, "CAGRA would copy the rows"
         assert hasattr(cagra.Index, "graph")
         assert hasattr(cagra.Index, "graph_degree")
-        self.data, self.metric, self._links = data, metric, links
-        self.graph_degree = links.shape[1]
-
-    @property
-    def graph(self) -> Any:
-        return SimpleNamespace(copy_to_host=lambda: binds(DeviceTensorView.copy_to_host)(lambda _: self._links)(self))
+        self.data, self.metric = data, metric
+        self.graph, self.graph_degree = Tensor(links), links.shape[1]
 
 
 class Cagra:
-    """`cuvs.neighbors.cagra`; like the real one it misses rows now and then."""
+    """`cuvs.neighbors.cagra`; like the real one it misses rows now and then. It notes the parameters of searches."""
 
-    IndexParams, SearchParams = cagra.IndexParams, cagra.SearchParams
+    IndexParams = cagra.IndexParams
+    asked: list[Any]
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def SearchParams(self, **settings: Any) -> Any:
+        self.asked.append(cagra.SearchParams(**settings))
+        return self.asked[-1]
 
     @staticmethod
     @binds(cagra.build)
-    def build(index_params: Any, dataset: Any) -> CagraIndex:
+    def build(index_params: Any, dataset: Any, resources: Any = None) -> CagraIndex:
+        Handle.use(resources)
         assert isinstance(index_params, cagra.IndexParams)
         assert index_params.graph_degree <= index_params.intermediate_graph_degree < len(dataset)
-        links = np.zeros((len(dataset), index_params.graph_degree), dtype=np.uint32)
-        return CagraIndex(dataset, index_params.metric, links)
+        # Not a good graph, but one in which every row can be reached: the next rows round a ring.
+        ring = np.arange(len(dataset))[:, None] + np.arange(1, index_params.graph_degree + 1)
+        return CagraIndex(dataset, index_params.metric, (ring % len(dataset)).astype(np.uint32))
 
     @staticmethod
     @binds(cagra.search)
-    def search(search_params: Any, index: Any, queries: Any, k: int, filter: Any = None) -> tuple[None, np.ndarray]:
+    def search(
+        search_params: Any, index: Any, queries: Any, k: int, filter: Any = None, resources: Any = None
+    ) -> tuple[None, np.ndarray]:
+        Handle.use(resources)
         assert isinstance(search_params, cagra.SearchParams)
         assert search_params.num_random_samplings >= 8
         assert k <= search_params.itopk_size <= 512
         assert search_params.itopk_size % 32 == 0
+        _check_matrix(queries, index.data.dtype)
+        assert queries.shape[1] == index.data.shape[1]
         rows = _nearest(index.data, index.metric, queries, k, filter)
         rows[::3, -1] = NOTHING
         return None, rows.astype(np.uint32)
 
     @staticmethod
     @binds(cagra.from_graph)
-    def from_graph(graph: Any, dataset: Any, metric: str = "sqeuclidean") -> CagraIndex:
+    def from_graph(graph: Any, dataset: Any, metric: str = "sqeuclidean", resources: Any = None) -> CagraIndex:
+        Handle.use(resources)
         assert graph.dtype == np.uint32
         return CagraIndex(dataset, metric, graph)
+
+
+class IvfPqIndex:
+    """`cuvs.neighbors.ivf_pq.Index`, its tables empty."""
+
+    def __init__(self, data: np.ndarray, metric: str, lists: int) -> None:
+        self.data, self.metric, self.n_lists = data, metric, lists
+        sizes = np.bincount(np.arange(len(data)) % lists, minlength=lists).astype(np.uint32)
+        dim = data.shape[1]
+        tables = {"centers_padded": (lists, dim + 8), "centers_rot": (lists, dim), "rotation_matrix": (dim, dim)}
+        tables |= {"pq_centers": (dim // 4, 4, 256)}
+        self.list_sizes = Tensor(sizes)
+        for name, shape in tables.items():
+            setattr(self, name, Tensor(np.zeros(shape, dtype=np.float32)))
+        assert all(hasattr(ivf_pq.Index, name) for name in (*tables, "list_sizes", "n_lists"))
+
+
+class IvfPq:
+    """`cuvs.neighbors.ivf_pq`; it misses rows, and has no filter. It notes the parameters of searches."""
+
+    IndexParams = ivf_pq.IndexParams
+    asked: list[Any]
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def SearchParams(self, **settings: Any) -> Any:
+        self.asked.append(ivf_pq.SearchParams(**settings))
+        return self.asked[-1]
+
+    @staticmethod
+    @binds(ivf_pq.build)
+    def build(index_params: Any, dataset: Any, resources: Any = None) -> IvfPqIndex:
+        Handle.use(resources)
+        _check_matrix(dataset, np.float32, np.float16)
+        assert isinstance(index_params, ivf_pq.IndexParams)
+        assert 1 <= index_params.n_lists <= len(dataset)
+        assert 0 < index_params.kmeans_trainset_fraction <= 1
+        assert index_params.pq_dim * index_params.pq_bits % 8 == 0
+        assert index_params.conservative_memory_allocation
+        return IvfPqIndex(dataset, index_params.metric, index_params.n_lists)
+
+    @staticmethod
+    @binds(ivf_pq.search)
+    def search(search_params: Any, index: Any, queries: Any, k: int, resources: Any = None) -> tuple[None, np.ndarray]:
+        Handle.use(resources)
+        _check_matrix(queries)
+        assert isinstance(search_params, ivf_pq.SearchParams)
+        assert 1 <= search_params.n_probes <= index.n_lists
+        rows = _nearest(index.data, index.metric, queries, k, None)
+        rows[::3, -1] = NO_ROW
+        rows[1::3, -1] = -1
+        return None, rows
+
+    @staticmethod
+    @binds(ivf_pq.save)
+    def save(filename: str, index: Any, resources: Any = None) -> None:
+        Handle.use(resources)
+        with Path(filename).open("wb") as file:
+            np.savez(file, data=index.data, metric=index.metric, lists=index.n_lists)
+
+    @staticmethod
+    @binds(ivf_pq.load)
+    def load(filename: str, resources: Any = None) -> IvfPqIndex:
+        Handle.use(resources)
+        with np.load(filename) as parts:
+            return IvfPqIndex(parts["data"], str(parts["metric"]), int(parts["lists"]))
+
+
+class Pool(rmm.mr.LimitingResourceAdaptor):
+    """`rmm.mr.PoolMemoryResource`, which needs a device: a resource with the same limit."""
+
+    def __new__(cls, upstream_mr: Any, initial_pool_size: int, maximum_pool_size: int) -> Any:
+        return super().__new__(cls, upstream_mr, maximum_pool_size)
+
+    def __init__(self, upstream_mr: Any, initial_pool_size: int, maximum_pool_size: int) -> None:
+        assert hasattr(rmm.mr.PoolMemoryResource, "pool_size")
+        assert initial_pool_size % 256 == maximum_pool_size % 256 == 0, "RMM refuses these"
+        if initial_pool_size > FREE:
+            raise MemoryError
+        self._size = initial_pool_size
+
+    def pool_size(self) -> int:
+        return self._size
+
+
+class CudaMemory(rmm.mr.CallbackMemoryResource):
+    """`rmm.mr.CudaMemoryResource`: gives addresses away that are none."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda nbytes, stream: 4096, lambda address, nbytes, stream: None)
+        assert issubclass(rmm.mr.CudaMemoryResource, rmm.mr.DeviceMemoryResource)
+
+
+FREE, TOTAL = 10_000_000, 12_000_000
+
+
+class Rmm:
+    """`rmm`, as far as it is used; counting and limiting are the real ones."""
+
+    def __init__(self) -> None:
+        self.current: Any = CudaMemory()
+        self.allocators: list[Any] = []
+        self.mr = SimpleNamespace(
+            CudaMemoryResource=CudaMemory,
+            PoolMemoryResource=Pool,
+            LimitingResourceAdaptor=rmm.mr.LimitingResourceAdaptor,
+            StatisticsResourceAdaptor=rmm.mr.StatisticsResourceAdaptor,
+            available_device_memory=lambda: (FREE, TOTAL),
+            get_current_device_resource=lambda: self.current,
+            set_current_device_resource=functools.partial(setattr, self, "current"),
+        )
+        for name in vars(self.mr):
+            assert hasattr(rmm.mr, name)
+        assert callable(cupy.cuda.set_allocator)
+        self.cupy = SimpleNamespace(cuda=SimpleNamespace(set_allocator=self.allocators.append))
 
 
 class KMeans:
@@ -231,3 +398,33 @@ def _index(_self: Any, data: Any = None) -> Any:
 
 CUDF = SimpleNamespace(DataFrame=DataFrame, Index=functools.partial(_index, None), ListDtype=cudf.ListDtype)
 CUPY = Cupy()
+
+
+def install(patch: Any) -> SimpleNamespace:
+    """Put the stand-ins where `headrace.gpu.rapids` expects RAPIDS; returns those that note what was asked of them."""
+    from headrace.gpu.rapids import flat, frames, graph, handles, kept, memory, scan
+    from headrace.gpu.rapids import ivf_pq as codes
+    from headrace.gpu.rapids import kmeans as trained
+
+    for module in (codes, flat, frames, graph, kept, scan, trained):
+        patch.setattr(module, "cp", CUPY)
+    own = SimpleNamespace(cagra=Cagra(), ivf_pq=IvfPq(), rmm=Rmm())
+    patch.setattr(handles, "Resources", Handle)
+    patch.setattr(handles._threads, "resources", Handle(), raising=False)
+    patch.setattr(frames, "cudf", CUDF)
+    patch.setattr(trained, "KMeans", KMeans)
+    patch.setattr(scan, "brute_force", BruteForce)
+    patch.setattr(graph, "cagra", own.cagra)
+    patch.setattr(codes, "ivf_pq", own.ivf_pq)
+    patch.setattr(memory, "cp", own.rmm.cupy)
+    patch.setattr(memory, "rmm", own.rmm)
+    patch.setattr(memory, "_started", None)
+    return own
+
+
+def backend() -> Backend:
+    """The RAPIDS backend as `headrace.gpu.backend.resolve` would return it, over what `install` has put in place."""
+    parts = ("frames", "kmeans", "exact", "memory", *KINDS)
+    twins = {part: importlib.import_module(f"headrace.gpu.rapids.{part}") for part in parts}
+    kinds = {kind: twins.pop(kind) for kind in KINDS}
+    return Backend(name="rapids", xp=np, kinds=kinds, **twins)

@@ -72,3 +72,38 @@ def test_a_batch_that_is_finished_without_having_passed_makes_room(broker, topic
     reader.finished(batches.get(timeout=SOON))
     write(broker, topic, "b")
     assert batches.get(timeout=SOON).keys == [b"b"]
+
+
+def test_a_log_that_begins_later_is_told_and_accounted_for(broker, topic):
+    with RecordProducer(broker.bootstrap, topic) as producer:
+        for number in range(10):
+            producer.write([(b"same", b"%d" % number, None)])
+        (partition,) = producer.write([(b"same", None, None)]).offsets
+    broker.truncate(topic, partition, 6)
+    told, batches = queue.SimpleQueue(), queue.SimpleQueue()
+    reader = Reader(broker.bootstrap, topic, topic, batches.put, told.put, ReaderSettings(batches_in_flight=99))
+    reader.assign({partition: 2})
+    reader.start()
+    try:
+        assert "offsets 2 to 5 were deleted" in told.get(timeout=SOON)
+        reached, values = 2, []
+        while reached < 11:
+            batch = batches.get(timeout=SOON)
+            low, high = batch.ranges[partition]
+            assert low == reached, "an offset that nobody accounts for"
+            reached = high
+            values += batch.values
+        assert values == [b"6", b"7", b"8", b"9", None]
+    finally:
+        reader.stop()
+    assert told.empty()
+
+
+def test_begin_again_reads_all_of_the_log(broker, topic, reading):
+    write(broker, topic, "a", "b", "c")
+    reader, batches = reading(batches_in_flight=99)
+    for _ in range(2):
+        keys = set()
+        while len(keys) < 3:
+            keys |= set(batches.get(timeout=SOON).keys)
+        reader.begin_again()

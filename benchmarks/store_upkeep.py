@@ -1,0 +1,90 @@
+"""Sealing and merging beside what is measured, and the builds that they did."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.gpu.backend import Backend
+from headrace.gpu.store import Store
+
+__all__ = ["Counted", "Maintainer", "counting"]
+
+
+class Maintainer:
+    """A thread that seals and merges, as a worker's does, while the caller applies and searches."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._stop = store, threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="maintainer", daemon=True)
+
+    def __enter__(self) -> Maintainer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Until nothing is left to be sealed or merged."""
+        while self._store.wants_maintenance():
+            self.check()
+            time.sleep(0.005)
+
+    def keep_up(self, most: int = 3) -> None:
+        """Back-pressure: wait while more than `most` segments are without an index, the growing one among them."""
+        while sum(one["kind"] != "sealed" for one in self._store.statistics()["segments"]) > most:
+            self.check()
+            time.sleep(0.005)
+
+    def _run(self) -> None:
+        try:
+            # Its own thread, its own number of OpenMP threads: the store sets what a build may use.
+            while not self._stop.is_set():
+                if not (self._store.wants_maintenance() and self._store.maintain()):
+                    self._stop.wait(0.005)
+        except BaseException as error:  # noqa: BLE001  # the caller raises it
+            self._error = error
+
+
+@dataclass
+class Counted:
+    """Builds that a backend did: how many, over how many rows, in how many seconds."""
+
+    builds: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+
+def counting(backend: Backend) -> tuple[Backend, Counted]:
+    """The same backend with its index builds counted, from outside: the store does not know."""
+    counted = Counted()
+    kinds = {name: _CountedKind(kind, counted) for name, kind in backend.kinds.items()}
+    return dataclasses.replace(backend, kinds=kinds), counted
+
+
+class _CountedKind:
+    def __init__(self, kind: Any, counted: Counted) -> None:
+        self._kind, self._counted = kind, counted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kind, name)
+
+    def build(self, vectors: Any, *args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        index = self._kind.build(vectors, *args, **options)
+        self._counted.builds += 1
+        self._counted.rows += len(vectors)
+        self._counted.seconds += time.perf_counter() - began
+        return index

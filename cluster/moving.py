@@ -1,0 +1,98 @@
+"""Rows on their way from one worker to others: by the same apply as new records, with the rows' own versions.
+
+Workers that are not to hold a row hear nothing of it; they drop it when the move is settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cluster.calls import Call
+from headrace.cluster.fanout import Header, LocalApply, fan_out, held_by
+from headrace.cluster.state import CollectionState
+from headrace.gpu.backend import Backend
+from headrace.gpu.errors import ClusterError, StoreFull
+from headrace.gpu.rows import Action, Batch
+from headrace.gpu.store import StoredRow
+
+__all__ = ["header_of_rows", "send_on"]
+
+
+def header_of_rows(rows: Sequence[StoredRow], state: CollectionState, backend: Backend) -> Header:
+    """Stored rows, read with their vectors, as a header; those of the older codebook get their cell by the newer."""
+    vectors = np.stack([row.vector for row in rows if row.vector is not None])
+    cells = np.array([row.cell for row in rows], dtype=np.int32)
+    if state.previous is not None:
+        labels, _ = backend.kmeans.assign(backend.xp.asarray(vectors), backend.xp.asarray(state.codebook.centroids))
+        labels = labels.get() if hasattr(labels, "get") else labels
+        old = np.isin(cells, list(state.previous.cells))
+        cells = np.where(old, labels + state.codebook.first, cells).astype(np.int32)
+    names = {name for row in rows for name in row.attributes}
+    return Header(
+        ids=[row.id for row in rows],
+        topic_partitions=np.array([row.topic_partition for row in rows], dtype=np.int32),
+        offsets=np.array([row.offset for row in rows], dtype=np.int64),
+        timestamps=np.array([row.timestamp for row in rows], dtype=np.int64),
+        cells=cells,
+        vectors=vectors,
+        vector_at=np.arange(len(rows), dtype=np.int64),
+        attributes={name: [row.attributes.get(name) for row in rows] for name in names},
+    )
+
+
+async def send_on(
+    call: Call, state: CollectionState, header: Header, *, me: str, local: LocalApply, deadline: float
+) -> dict[str, str]:
+    """Tell every holder of a row its cell, then send the vectors to those that lack it.
+
+    A move that was interrupted and begins again sends no vector twice.
+
+    Returns
+    -------
+    dict of str to str
+        Workers that did not answer, and why.
+
+    Raises
+    ------
+    StoreFull
+        A worker has no room for the rows.
+    StaleEpoch
+        As `fan_out`.
+    """
+    held = {worker: np.flatnonzero(held_by(header, worker, state)) for worker in state.members}
+    parts = {worker: _part(header, rows, Action.KEEP) for worker, rows in held.items() if len(rows)}
+    failed: dict[str, str] = {}
+    for _ in range(2):
+        outcome = await fan_out(call, state, parts, me=me, local=local, deadline=deadline)
+        for worker, answer in outcome.items():
+            if isinstance(answer, StoreFull):
+                raise answer
+            if isinstance(answer, ClusterError):
+                failed[worker] = str(answer)
+        # What this worker itself lacks it has let go of for something newer meanwhile.
+        parts = {
+            worker: _part(header, held[worker][list(lacking)], Action.HOLD)
+            for worker, lacking in outcome.items()
+            if isinstance(lacking, tuple) and lacking and worker != me
+        }
+        if not parts:
+            break
+    return failed
+
+
+def _part(header: Header, rows: npt.NDArray[np.int64], action: Action) -> Batch:
+    vectors = header.vectors[header.vector_at[rows if action == Action.HOLD else rows[:0]]]
+    attributes = header.attributes if action == Action.HOLD else {}
+    return Batch(
+        ids=[header.ids[row] for row in rows.tolist()],
+        topic_partitions=header.topic_partitions[rows],
+        offsets=header.offsets[rows],
+        timestamps=header.timestamps[rows],
+        cells=header.cells[rows],
+        actions=np.full(len(rows), action, dtype=np.uint8),
+        vectors=vectors,
+        attributes={name: [values[row] for row in rows.tolist()] for name, values in attributes.items()},
+    )

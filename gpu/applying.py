@@ -1,0 +1,96 @@
+"""What one batch changes: from what is known about its ids to what is to be done. Pure, and without a loop over rows.
+
+Per id the highest version wins, and what is known already changes nothing; see `headrace.gpu.rows.Action` for what a
+worker is told to do with a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.gpu.rows import Action, Batch
+from headrace.gpu.versions import Versions, compare
+
+__all__ = ["Decision", "Known", "decide"]
+
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a store knows about the ids of a batch.
+
+    Attributes
+    ----------
+    live : bool (n,)
+        There is a row.
+    remembered : bool (n,)
+        There is none, but its deletion is remembered.
+    versions : Versions
+        Of the rows and the deletions; anything where neither is known.
+    """
+
+    live: npt.NDArray[np.bool_]
+    remembered: npt.NDArray[np.bool_]
+    versions: Versions
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Positions in the batch, int64 each, of what is to be done.
+
+    Attributes
+    ----------
+    relabel : rows that are here at this version and take over the batch's cell
+    kill : rows that are here and go
+    insert : rows to write; `vector_rows` are their vectors' and attributes' positions
+    renew : deletions that are remembered and get a newer version
+    remember : deletions to remember that are not yet
+    release : remembered deletions that end because the row is inserted
+    missing : rows told to KEEP that are not here
+    foreign : int
+        Records decided by timestamp.
+    """
+
+    relabel: _Ints
+    kill: _Ints
+    insert: _Ints
+    vector_rows: _Ints
+    renew: _Ints
+    remember: _Ints
+    release: _Ints
+    missing: _Ints
+    foreign: int
+
+
+def decide(batch: Batch, known: Known) -> Decision:
+    """Compare a batch with what is known.
+
+    Parameters
+    ----------
+    batch : Batch
+        Each id at most once.
+    known : Known
+    """
+    heard = known.live | known.remembered
+    order, crossed = compare(Versions(batch.topic_partitions, batch.offsets, batch.timestamps), known.versions)
+    order = np.where(heard, order, 1)
+    drop, keep, hold = (batch.actions == action for action in (Action.DROP, Action.KEEP, Action.HOLD))
+    same_row = (order == 0) & known.live & ~drop
+    acts = (order >= 0) & ~same_row & ~keep
+    insert = np.flatnonzero(acts & hold)
+    vector_at = np.cumsum(hold) - 1
+    return Decision(
+        relabel=np.flatnonzero(same_row),
+        kill=np.flatnonzero(acts & known.live),
+        insert=insert,
+        vector_rows=vector_at[insert],
+        renew=np.flatnonzero(acts & drop & known.remembered),
+        remember=np.flatnonzero(acts & drop & ~known.remembered),
+        release=np.flatnonzero(acts & hold & known.remembered),
+        missing=np.flatnonzero((order >= 0) & ~same_row & keep),
+        foreign=int(np.count_nonzero(crossed & heard)),
+    )

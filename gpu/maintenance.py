@@ -1,0 +1,149 @@
+"""Sealing and merging: in the background, within budgets, seen by nobody until it is done.
+
+A job is planned under the lock, gathers and builds without it, and swaps its segment in under it. Rows that die or
+change their cell meanwhile are carried over at the swap, which copies two columns and no more; the places of the ids
+are entered afterwards, a few thousand at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from headrace.gpu.backend import Array, Backend
+from headrace.gpu.budget import Budget, job_bytes
+from headrace.gpu.calibrate import calibrate
+from headrace.gpu.columns import Columns
+from headrace.gpu.ids import IdColumn
+from headrace.gpu.index_spec import IndexSpec, build_params
+from headrace.gpu.merge import MergePolicy, SegmentSize, plan
+from headrace.gpu.segments import Sealed
+from headrace.gpu.table import Part, Source, Table, forwarding
+from headrace.gpu.usage import held
+from headrace.gpu.versions import Versions
+
+__all__ = ["Maintenance", "seal_rows_that_fit"]
+
+log = logging.getLogger("headrace.gpu")
+
+_GATHER_ROWS = 1 << 16
+_STEP = 1 << 12
+_PAUSE = 0.001
+_FEWEST = 64
+
+
+def seal_rows_that_fit(wanted: int, spec: IndexSpec, dim: int, budget: Budget) -> int:
+    """Rows at which a growing segment is full: `wanted`, or as many as can be sealed within the budget."""
+    rows = wanted
+    while rows > _FEWEST and job_bytes(build_params(spec, rows, dim), rows, dim, 0) > budget.largest_job:
+        rows = rows * 3 // 4
+    if rows < wanted:
+        log.info("a growing segment is sealed at %d rows, not %d: more would not fit into the budget", rows, wanted)
+    return rows
+
+
+class Maintenance:
+    """Rewrites the segments of one store. Thread-safe; one job at a time."""
+
+    def __init__(
+        self,
+        table: Table,
+        backend: Backend,
+        dim: int,
+        metric: str,
+        spec: IndexSpec,
+        policy: MergePolicy,
+        budget: Budget,
+        threads: int,
+    ) -> None:
+        self._table, self._backend, self._dim, self._metric = table, backend, dim, metric
+        self._spec, self._policy, self._budget, self._threads = spec, policy, budget, threads
+        self._running = threading.Lock()
+        self._params = functools.lru_cache(64)(build_params)
+
+    def wanted(self) -> bool:
+        """Is there a job that fits? Cheap enough to ask after every apply."""
+        with self._table.lock:
+            return bool(self._plan())
+
+    def run(self) -> bool:
+        """Do the best job; False if there is none.
+
+        Takes seconds to minutes on the calling thread, which must not be an event loop.
+        """
+        with self._running:
+            with self._table.lock:
+                self._budget.holds(self._table, held(self._table))
+                chosen = self._plan()
+                sources: list[Source] = [(part.segment, np.flatnonzero(part.marks.alive)) for part in chosen]
+                size = sum(self._job_bytes(part) for part in chosen)
+            if not chosen:
+                return False
+            with self._budget.job(size) as granted:
+                if not granted:  # another store's job was quicker
+                    return False
+                self._rewrite(sources)
+            return True
+
+    def _plan(self) -> list[Part]:
+        parts = [part for part in self._table.parts.values() if part.segment is not self._table.growing]
+        if not parts:
+            return []
+        sizes = [SegmentSize(len(part.marks), part.marks.live, part.frozen, self._job_bytes(part)) for part in parts]
+        return [parts[position] for position in plan(sizes, self._policy, self._budget.room)]
+
+    def _job_bytes(self, part: Part) -> int:
+        live, size = part.marks.live, part.segment.nbytes()
+        columns = (size["ids"] + size["columns"]) * live // max(1, len(part.marks))
+        # Parameters change little with the rows: those for the next power of two are settled once.
+        params = self._params(self._spec, 1 << live.bit_length(), self._dim)
+        return job_bytes(params, live, self._dim, columns) if live else 0
+
+    def _rewrite(self, sources: Sequence[Source]) -> None:
+        rows = sum(len(live) for _, live in sources)
+        sealed = self._build(sources, rows) if rows else None
+        way = None if sealed is None else forwarding(sources, sealed)
+        table = self._table
+        with table.lock:
+            table.replace(sources, sealed, way)
+            table.publish()
+            self._budget.holds(table, held(table))
+        more = True
+        while more:
+            # A lock that is taken again at once is seldom had by those who wait for it.
+            time.sleep(_PAUSE)
+            with table.lock:
+                more = table.directory.step(_STEP)
+        log.debug("sealed %d rows of %d segments", rows, len(sources))
+
+    def _build(self, sources: Sequence[Source], rows: int) -> Sealed:
+        params = build_params(self._spec, rows, self._dim)
+        kind = self._backend.kinds[params.kind]
+        vectors = self._gather(sources, rows, params.dtype)
+        index: Any = kind.build(vectors, self._metric, params, threads=self._threads)
+        return Sealed(
+            self._backend,
+            params,
+            index,
+            calibrate(self._backend, kind, index, vectors, self._metric),
+            IdColumn.gather([(segment.ids, live) for segment, live in sources]),
+            Versions.concatenate([segment.versions.take(live) for segment, live in sources]),
+            Columns.gather(self._backend.xp, [(segment.columns, live) for segment, live in sources]),
+        )
+
+    def _gather(self, sources: Sequence[Source], rows: int, dtype: str) -> Array:
+        """The sources' vectors, (rows, dim), copied piece by piece so that nothing is there three times."""
+        vectors = self._backend.xp.empty((rows, self._dim), dtype=dtype)
+        at = 0
+        for segment, live in sources:
+            for start in range(0, len(live), _GATHER_ROWS):
+                piece = live[start : start + _GATHER_ROWS]
+                vectors[at : at + len(piece)] = segment.vectors_of(piece)
+                at += len(piece)
+        return vectors

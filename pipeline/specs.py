@@ -1,0 +1,65 @@
+"""What may be asked of a new collection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from headrace.cluster.state import CollectionSpec
+from headrace.gpu.backend import METRICS
+from headrace.gpu.errors import ConfigError
+from headrace.pipeline import config
+from headrace.pipeline.encoders import describe
+
+__all__ = ["make_spec"]
+
+MOST_CELLS, MOST_REPLICAS = 65_536, 16
+"""As in ``headrace-schema.yaml``."""
+
+_NAME = re.compile(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def make_spec(
+    name: str,
+    dim: int | None,
+    metric: str,
+    encoder: str | None,
+    cells: int | None,
+    replicas: int | None,
+    ids: str,
+    attributes: Mapping[str, str] | None,
+) -> CollectionSpec:
+    """Check a new collection's arguments; raises `ConfigError` or `EncoderError`."""
+    stamp = None
+    if encoder is not None:
+        info = describe(encoder)
+        stamp = info.stamp
+        if dim not in (None, info.dim):
+            raise ConfigError(
+                f"dim={dim} does not fit encoder {encoder!r}, whose vectors have {info.dim} numbers: leave dim out"
+            )
+        dim = info.dim
+    cells = config.get("cells") if cells is None else cells
+    replicas = config.get("replicas") if replicas is None else replicas
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"collection name {name!r} cannot be: use letters, digits, '.', '-' and '_'")
+    for what, number in (("dim", dim), ("cells", cells), ("replicas", replicas)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ConfigError(f"{what}={number!r} cannot be: give a whole number")
+    if dim is None or not 1 <= dim <= 65_536:
+        raise ConfigError(f"dim={dim} cannot be: give the vectors' length (1 to 65536), or an encoder")
+    if metric not in METRICS:
+        raise ConfigError(f"metric {metric!r} is not known: use one of {', '.join(METRICS)}")
+    if ids not in ("string", "integer"):
+        raise ConfigError(f"ids={ids!r} is not known: use 'string' or 'integer'")
+    if not 1 <= cells <= MOST_CELLS or not 1 <= replicas <= MOST_REPLICAS:
+        raise ConfigError(
+            f"cells={cells}, replicas={replicas} cannot be: give 1 to {MOST_CELLS} cells and 1 to {MOST_REPLICAS} "
+            "replicas"
+        )
+    if not isinstance(attributes, Mapping | None):
+        raise ConfigError(f"attributes={attributes!r} cannot be: give a dict of names to kinds")
+    for column, kind in (attributes or {}).items():
+        if kind not in ("int", "float", "bool", "str"):
+            raise ConfigError(f"attribute {column!r} cannot be a {kind!r}: use 'int', 'float', 'bool' or 'str'")
+    return CollectionSpec(name, dim, metric, stamp, cells, replicas, ids)

@@ -1,0 +1,103 @@
+"""What a worker answers to a search: filtered, gathered with others of its kind, never of a state that has passed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
+from headrace.cluster.wire import floats_to_wire, rows_from_wire
+from headrace.cluster.worker import WorkerNode
+from headrace.gpu.errors import FilterError, StaleEpoch
+from headrace.gpu.filters import parse
+from tests.gpu.batches import DIM, batch_of, vector_of
+
+STATE = CollectionState(
+    CollectionSpec("docs", DIM), first_codebook(DIM), epoch=1, members={"w": "active"}, copies={0: ("w",)},
+    serving={0: ("w",)},
+)  # fmt: skip
+
+
+class Node(WorkerNode):
+    """A worker without a cluster."""
+
+    async def call_scheduler(self, op: str, /, *, deadline: float = 5.0, **message: Any) -> dict[str, Any]:
+        return {}
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[Node]:
+    made = Node("host")
+    worker = SimpleNamespace(address="w", handlers={})
+    await made.setup(worker)
+    await made.adopt(STATE)
+    rows = [{"id": f"r{n}", "offset": n, "attributes": {"n": n, "even": n % 2 == 0}} for n in range(20)]
+    made.replicas["docs"].apply(batch_of(rows), {0: (0, 20)}, {}, 1)
+    yield made
+    await made.teardown(worker)
+
+
+async def asked(node: Node, *numbers: int, where: str | None = None, limit: int = 3, epoch: int = 1) -> dict[str, Any]:
+    queries = np.stack([vector_of(f"r{number}", number) for number in numbers])
+    sent = where and parse(where, {"n": "int", "even": "bool"}).to_wire()
+    return await node.on_search("docs", epoch, floats_to_wire(queries), limit, [], 1.0, where=sent)
+
+
+def ids(answer: dict[str, Any]) -> list[list[Any]]:
+    return [[row.id for row in rows_from_wire(rows) if row] for rows in answer["rows"]]
+
+
+async def test_a_search_is_filtered_though_the_workers_own_schema_is_older(node: Node) -> None:
+    assert node.replicas["docs"].state.schema == {}
+    assert [found[0] for found in ids(await asked(node, 3, 4))] == ["r3", "r4"]
+    assert sorted(ids(await asked(node, 3, where="n > 17 or n is None"))[0]) == ["r18", "r19"]
+    count = await node.on_count("docs", 1, [], 1.0, where=parse("even", {"even": "bool"}).to_wire())
+    assert count["cell_sizes"] == [[0, 10]]
+
+
+async def test_what_a_stranger_sends_is_refused(node: Node) -> None:
+    for wire in ({"text": "n <", "kinds": {}}, {"text": "n < 3", "kinds": {"n": "object"}}, {"text": "n", "kinds": {}}):
+        with pytest.raises(FilterError):
+            await node.on_search("docs", 1, floats_to_wire(np.ones((1, DIM), np.float32)), 3, [], 1.0, where=wire)
+    with pytest.raises(FilterError, match="'n' holds int"):
+        await node.on_search(
+            "docs", 1, floats_to_wire(np.ones((1, DIM), np.float32)), 3, [], 1.0,
+            where={"text": "n == 'a'", "kinds": {"n": "str"}},
+        )  # fmt: skip
+
+
+async def test_many_at_once_are_gathered_by_kind_and_answered_apart(node: Node) -> None:
+    calls = [asked(node, n % 20, limit=1 + n % 2, where="even" if n % 3 == 0 else None) for n in range(60)]
+    for number, answer in enumerate(await asyncio.gather(*calls)):
+        (found,) = ids(answer)
+        assert len(found) == 1 + number % 2
+        if number % 3:
+            assert found[0] == f"r{number % 20}"
+        else:
+            assert all(int(each[1:]) % 2 == 0 for each in found)
+    assert node._gatherer.queries == 60
+    assert node._gatherer.searches < 20
+
+
+async def test_no_queries_have_no_answers_but_a_place(node: Node) -> None:
+    answer = await node.on_search("docs", 1, floats_to_wire(np.empty((0, DIM), np.float32)), 3, [], 1.0)
+    assert (answer["rows"], answer["scores"]) == ([], [])
+    assert answer["applied"] == [[0, 20]]
+
+
+async def test_an_answer_of_a_state_that_has_passed_is_not_given(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = node._searched
+
+    async def meanwhile(sought: Any, queries: Any) -> Any:
+        await node.adopt(STATE.with_(epoch=2))
+        return await searched(sought, queries)
+
+    monkeypatch.setattr(node._gatherer, "_search", meanwhile)
+    with pytest.raises(StaleEpoch, match="epoch 2"):
+        await asked(node, 3)
+    assert ids(await asked(node, 3, epoch=2))[0][0] == "r3"
