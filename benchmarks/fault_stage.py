@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 from confluent_kafka import Consumer, TopicPartition
 
 import headrace
@@ -124,14 +125,14 @@ class Stage:
         required = ["I1", "I2", "I3", "promise"] + ([] if lost_copies else ["I5"])
         return check_all(self.recorder.history(), freshness_ms=None, required=required)
 
-    def log(self) -> list[tuple[str, int, bytes | None]]:
-        """Every record of the topic: id, topic partition, value; in the order of the log."""
+    def log(self) -> list[tuple[str, int]]:
+        """Id and number of every upsert of the `Writer` in the topic, in the order of the log."""
         consumer = Consumer(
             {"bootstrap.servers": self.broker.bootstrap, "group.id": "nobody", "enable.partition.eof": "true"},
             logger=KafkaLog(),
         )
         consumer.assign([TopicPartition(self.name, number, 0) for number in range(TOPIC_PARTITIONS)])
-        found: list[tuple[str, int, bytes | None]] = []
+        found: list[tuple[str, int]] = []
         ends = 0
         try:
             while ends < TOPIC_PARTITIONS:
@@ -140,9 +141,9 @@ class Stage:
                     raise headrace.BrokerError(f"topic {self.name!r} was not read to its end within 10 s")
                 if message.error() is not None:
                     ends += 1
-                else:
-                    key, value = message.key(), message.value()
-                    found.append((bytes(key or b"").decode(), message.partition() or 0, value and bytes(value)))
+                elif message.value() is not None and (id_ := bytes(message.key() or b"").decode()).startswith("w"):
+                    attributes = orjson.loads(dict(message.headers() or ())["headrace-attributes"] or b"{}")
+                    found.append((id_, int(attributes["n"])))
         finally:
             consumer.close()
         return found
@@ -177,13 +178,10 @@ class Writer:
         try:
             while not self._stop.wait(self._pause):
                 chosen = self._random.integers(0, IDS, self._rows).tolist()
+                numbers = range(self.upserts, self.upserts + len(chosen))
                 rows = [
-                    {
-                        "id": f"w{which}",
-                        "vector": vector(seed, self.upserts + at, DIM, still=False),
-                        "n": self.upserts + at,
-                    }
-                    for at, which in enumerate(chosen)
+                    {"id": f"w{which}", "vector": vector(seed, number, DIM, still=False), "n": number}
+                    for which, number in zip(chosen, numbers, strict=True)
                 ]
                 began = time.monotonic()
                 self.upserts += len(rows)

@@ -170,7 +170,7 @@ class Filled:
 
     def settle(self) -> None:
         """Seal and merge until there is nothing to do."""
-        while self.store.maintain():
+        while self.store.maintain(settle=True):
             pass
 
     def ids(self, queries: Floats, **options: Any) -> Ints:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,6 +51,9 @@ class CoordinatorSettings:
         Seconds between questions to every worker whether it still answers.
     silence : float
         Seconds without an answer to that after which a worker leaves the placement.
+    grace : float
+        Seconds that workers have to return to a scheduler that takes the place of one that was lost; those that do not
+        come are counted as lost.
     """
 
     min_rows: int = 4096
@@ -63,6 +66,7 @@ class CoordinatorSettings:
     rebalance_rows: int = 20_000
     watch: float = 1.0
     silence: float = 2.0
+    grace: float = 5.0
 
 
 class Coordinator:
@@ -91,6 +95,7 @@ class Coordinator:
         self.ready = asyncio.Event()
         self._lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
+        self._resumed = False
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -102,6 +107,13 @@ class Coordinator:
             loop.create_task(self._watch(), name=f"headrace-watch-{name}"),
         ]
         self._wake.set()
+
+    def resume(self, live: set[str], incomplete: Collection[str]) -> None:
+        """Go on from a state that is the workers' own; `incomplete` ones must begin anew."""
+        self._leaving = set(self.state.leaving)
+        self._suspects |= dict.fromkeys(incomplete, "it lacks rows")
+        self._resumed = True
+        self.start(live)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -190,6 +202,7 @@ class Coordinator:
         if merged != self.state.schema:
             # No new epoch: a schema only grows, and a worker that does not know a column yet asks here.
             self.state = self.state.with_(schema=merged)
+            await self._tell()
         return merged
 
     def alarm(self, text: str) -> None:
@@ -197,6 +210,14 @@ class Coordinator:
         if text not in self.state.alarms:
             log.error("collection %r: %s", self.state.spec.name, text)
             self.state = self.state.with_(alarms=(*self.state.alarms, text))
+            self._tasks.append(asyncio.get_running_loop().create_task(self._tell()))
+
+    async def _tell(self) -> None:
+        """Have the workers remember what changes without an epoch, should this scheduler be lost."""
+        state, deadline = self.state, self._settings.silence
+        told = {"collection": state.spec.name, "schema": dict(state.schema), "alarms": list(state.alarms)}
+        calls = (self._call(worker, "told", deadline=deadline, **told) for worker in state.members)
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def newer_than(self, epoch: int, patience: float) -> CollectionState:
         """The working state as soon as it is newer than `epoch`, or after `patience` seconds as it is."""
@@ -244,13 +265,17 @@ class Coordinator:
                     raise ClusterError(f"{', '.join(lost)} was lost meanwhile")
             return task.result()
         finally:
-            task.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+                task.cancelled() or task.exception()
 
     async def _step(self) -> bool:
         """One change; True if there may be more to do at once."""
         await self._recall_suspects()
         wanted = planning.membership(self.state, self._live - set(self._suspects), self._rows, self._leaving)
-        if wanted is not self.state:
+        if wanted is not self.state or self._resumed:
+            self._resumed = False
             if not wanted.members:
                 self.state = wanted
                 return False
@@ -289,7 +314,9 @@ class Coordinator:
             except HeadraceError as error:
                 self.suspect(worker, str(error))
 
-        await asyncio.gather(*(tell(worker) for worker in state.members))
+        # Those that joined know that they are complete before others drop rows, should this scheduler be lost between.
+        await asyncio.gather(*(tell(worker) for worker in state.members if worker in (base or {})))
+        await asyncio.gather(*(tell(worker) for worker in state.members if worker not in (base or {})))
         if not any(worker in self._suspects for worker in state.members):
             self.ready.set()
 

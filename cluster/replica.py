@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
-from headrace.gpu.errors import CollectionNotFound, ConsistencyTimeout
+from headrace.gpu.errors import ClusterError, CollectionNotFound, ConsistencyTimeout
 from headrace.gpu.rows import Batch
 from headrace.gpu.store import Applied, Store, StoreSettings
 from headrace.streams.watermark import Watermark
@@ -48,6 +49,7 @@ class Replica:
         self._backend, self._settings, self._budget = backend, settings, budget
         self._waiters: list[tuple[Mapping[int, int], asyncio.Future[None]]] = []
         self._fence = 0
+        self._remembering_until = float("-inf")
         self._begin(state)
 
     def _begin(self, state: CollectionState) -> None:
@@ -110,9 +112,16 @@ class Replica:
         ------
         StoreFull
             The memory limit is reached; nothing has been changed, and the offsets do not count as applied.
+        ClusterError
+            The batch mends (`Batch.instead`), and deletions may have been forgotten since it was thought out.
         """
         if epoch < self._fence:
             return None
+        if batch is not None and batch.instead is not None and not self._remembering:
+            raise ClusterError(
+                f"collection {self.state.spec.name!r}: {self.address} was not asked in time to remember deletions, so "
+                "it takes no mended rows: verify again"
+            )
         marks = {partition: self._watermarks.setdefault(partition, Watermark()) for partition in ranges}
         stamp = self.watermarks | {partition: marks[partition].after(*span) for partition, span in ranges.items()}
         if batch is None or not len(batch):
@@ -125,10 +134,18 @@ class Replica:
             marks[partition].add(*span)
         self._fence = epoch
         # A sender with a newer state than ours may already be moving rows.
-        if epoch == self.state.epoch and not self.state.moving:
+        if epoch == self.state.epoch and not self.state.moving and not self._remembering:
             self.store.forget(stable)
         self._wake()
         return applied
+
+    def remember(self, seconds: float) -> None:
+        """Forget no deletion for some time: copies are being compared, and a mended row carries an old version."""
+        self._remembering_until = max(self._remembering_until, time.monotonic() + seconds)
+
+    @property
+    def _remembering(self) -> bool:
+        return time.monotonic() < self._remembering_until
 
     async def wait(self, required: Mapping[int, int], deadline: float) -> None:
         """Return once every offset below `required` has been applied here.

@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from headrace.cluster.calls import answering, call
 from headrace.cluster.coordinator import Coordinator, CoordinatorSettings
+from headrace.cluster.recovery import recovered
 from headrace.cluster.state import CollectionSpec, CollectionState, Source
 from headrace.gpu.errors import ClusterError, CollectionExists, CollectionNotFound
 
 __all__ = ["HeadraceScheduler"]
 
+log = logging.getLogger("headrace.cluster")
+
+_PATIENCE = 5.0
+_PAUSE = 0.05
+
 
 class HeadraceScheduler(SchedulerPlugin):
-    """Registered once per scheduler; a second registration is ignored."""
+    """Registered once per scheduler; a second registration is ignored.
+
+    Parameters
+    ----------
+    settings : CoordinatorSettings, optional
+    worker : bytes, optional
+        The pickled worker plugin, for workers that come later; whoever registers both has no need of it.
+    """
 
     name = "headrace"
     idempotent = True
 
-    def __init__(self, settings: CoordinatorSettings | None = None) -> None:
-        self._settings = settings or CoordinatorSettings()
+    def __init__(self, settings: CoordinatorSettings | None = None, worker: bytes | None = None) -> None:
+        self._settings, self._worker_plugin = settings or CoordinatorSettings(), worker
         self._coordinators: dict[str, Coordinator] = {}
         self._dropped: dict[str, CollectionState] = {}
         self._ready: dict[str, str] = {}
         self._pids: dict[str, int] = {}
+        self._returning: dict[str, dict[str, CollectionState]] = {}
+        self._recoveries: set[asyncio.Task[None]] = set()
+
+    def hand_out(self, worker: bytes) -> None:
+        """Have every worker that comes set up this pickled plugin."""
+        self._worker_plugin = worker
 
     async def start(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+        self._scheduler, self._began = scheduler, time.monotonic()
+        if self._worker_plugin is not None:
+            scheduler.worker_plugins.setdefault(self.name, self._worker_plugin)
         scheduler.handlers.update(
             {
                 f"headrace_{op}": answering(getattr(self, op))
@@ -53,6 +76,8 @@ class HeadraceScheduler(SchedulerPlugin):
         )
 
     async def close(self) -> None:
+        for task in self._recoveries:
+            task.cancel()
         for coordinator in self._coordinators.values():
             await coordinator.close()
 
@@ -63,39 +88,95 @@ class HeadraceScheduler(SchedulerPlugin):
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def hello(self, address: str, instance: str, pid: int) -> dict[str, Any]:
-        """A worker is ready; another instance at the same address is another worker, with nothing in it."""
+    async def hello(
+        self, address: str, instance: str, pid: int, holds: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """A worker is ready; another instance at the same address is another worker, with nothing in it.
+
+        One that `holds` collections has been parted from this scheduler, or from the one before it. Where it has been
+        a member all the time it goes on; what it holds of others is out of date and must be wiped first.
+        """
         known = self._ready.get(address)
         if known not in (None, instance):
             for coordinator in self._coordinators.values():
                 coordinator.worker_left(address)
             await asyncio.sleep(0)
+        held = {state.spec.name: state for state in map(CollectionState.from_wire, holds)}
+        while outdated := [name for name, state in held.items() if not self._continues(address, state)]:
+            for name in outdated:
+                log.warning("collection %r: %s missed something and begins anew", name, address)
+                await self._call(address, "reset", deadline=_PATIENCE, collection=name)
+                del held[name]
+        for name, state in held.items():
+            self._reported(name, address, state)
         self._ready[address] = instance
         self._pids[address] = pid
         for coordinator in self._coordinators.values():
             coordinator.worker_joined(address)
         return {"workers": len(self._ready)}
 
+    def _continues(self, address: str, state: CollectionState) -> bool:
+        """Whether what a worker holds is still part of its collection."""
+        name = state.spec.name
+        if name not in self._coordinators:
+            dropped = self._dropped.get(name)
+            return dropped is None or dropped.spec.uid != state.spec.uid
+        now = self._coordinators[name].state
+        return now.spec.uid == state.spec.uid and (name in self._returning or address in now.members)
+
+    def _reported(self, name: str, address: str, state: CollectionState) -> None:
+        """Take up a collection that a scheduler before this one looked after."""
+        if name not in self._coordinators:
+            log.warning("collection %r: found on %s; waiting for its other workers", name, address)
+            self._returning[name] = {}
+            self._coordinators[name] = Coordinator(state.spec, self._call, self._settings)
+            task = asyncio.get_running_loop().create_task(self._recover(name), name=f"headrace-recover-{name}")
+            self._recoveries.add(task)
+            task.add_done_callback(self._recoveries.discard)
+        if name in self._returning:
+            self._returning[name][address] = state
+            # Who asks meanwhile is told what a worker knows; nothing is changed before all have come.
+            self._coordinators[name].state = max(self._returning[name].values(), key=lambda state: state.epoch)
+
+    async def _recover(self, name: str) -> None:
+        until = time.monotonic() + self._settings.grace
+        held, coordinator = self._returning[name], self._coordinators[name]
+        while set(coordinator.state.members) - self._ready.keys() and time.monotonic() < until:
+            await asyncio.sleep(_PAUSE)
+        coordinator.state, incomplete = recovered(held)
+        members = coordinator.state.members
+        # One that has come back with nothing is no member any more, whatever the others think.
+        emptied = {worker for worker in self._ready if members.get(worker) == "active" and worker not in held}
+        del self._returning[name]
+        log.warning(
+            "collection %r: goes on with %d of %d workers", name, len(set(members) & self._ready.keys()), len(members)
+        )
+        coordinator.resume(set(self._ready), incomplete | emptied)
+
     async def create(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         wanted = CollectionSpec.from_wire({**spec, "uid": uuid.uuid4().hex})
-        if wanted.name in self._coordinators:
-            raise CollectionExists(
-                f"collection {wanted.name!r} exists already; open it with collection({wanted.name!r}) or drop it first"
-            )
-        for _ in range(100):  # workers of a cluster that has just been started need a moment
-            if self._ready:
-                break
-            await asyncio.sleep(0.05)
-        else:
+        self._check_free(wanted.name)
+        # Workers of a new cluster need a moment; those that return to a new scheduler may hold it already.
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until and not (self._ready and self._scheduler.workers.keys() <= self._ready.keys()):
+            await asyncio.sleep(_PAUSE)
+        if not self._ready:
             raise ClusterError("no worker is ready to hold a collection; start workers and try again")
+        self._check_free(wanted.name)
         coordinator = Coordinator(wanted, self._call, self._settings, after=self._dropped.pop(wanted.name, None))
         self._coordinators[wanted.name] = coordinator
         coordinator.start(set(self._ready))
         await asyncio.wait_for(coordinator.ready.wait(), 30.0)
         return {"epoch": coordinator.state.epoch}
 
+    def _check_free(self, name: str) -> None:
+        if name in self._coordinators:
+            raise CollectionExists(
+                f"collection {name!r} exists already; open it with collection({name!r}) or drop it first"
+            )
+
     async def drop(self, collection: str) -> dict[str, Any]:
-        coordinator = self._coordinator(collection)
+        coordinator = await self._settled(collection)
         del self._coordinators[collection]
         await coordinator.close()
         self._dropped[collection] = coordinator.state
@@ -106,6 +187,9 @@ class HeadraceScheduler(SchedulerPlugin):
     async def shutdown(self) -> dict[str, Any]:
         """The cluster is about to end: workers stop reading, and those that leave now are not missed."""
         names = list(self._coordinators)
+        for task in self._recoveries:
+            task.cancel()
+        self._returning.clear()
         for coordinator in self._coordinators.values():
             await coordinator.close()
         self._coordinators.clear()
@@ -135,7 +219,7 @@ class HeadraceScheduler(SchedulerPlugin):
         return {"state": state.to_wire()}
 
     async def ingest(self, collection: str, source: Mapping[str, Any]) -> dict[str, Any]:
-        coordinator = self._coordinator(collection)
+        coordinator = await self._settled(collection)
         origins = {partition: offset for partition, offset in source["origins"]}  # noqa: C416 (pairs arrive as tuples)
         await coordinator.attach(Source(**{**source, "origins": origins}))
         return {"epoch": coordinator.state.epoch}
@@ -158,18 +242,26 @@ class HeadraceScheduler(SchedulerPlugin):
         return {}
 
     async def learn(self, collection: str, schema: Mapping[str, str]) -> dict[str, Any]:
-        return {"schema": await self._coordinator(collection).learn(schema)}
+        return {"schema": await (await self._settled(collection)).learn(schema)}
 
     async def alarm(self, collection: str, text: str) -> dict[str, Any]:
-        self._coordinator(collection).alarm(text)
+        (await self._settled(collection)).alarm(text)
         return {}
 
     async def _call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
         return await call(self._scheduler.rpc, address, op, deadline=deadline, **message)
 
+    async def _settled(self, collection: str) -> Coordinator:
+        """The collection's coordinator, once its workers have returned to a new scheduler."""
+        while collection in self._returning:
+            await asyncio.sleep(_PAUSE)
+        return self._coordinator(collection)
+
     def _coordinator(self, collection: str) -> Coordinator:
         try:
             return self._coordinators[collection]
         except KeyError:
+            if self._worker_plugin is not None and time.monotonic() - self._began < self._settings.grace:
+                raise ClusterError("this scheduler has just begun, and workers may still return to it") from None
             known = ", ".join(sorted(self._coordinators)) or "none yet"
             raise CollectionNotFound(f"there is no collection {collection!r} (there are: {known})") from None

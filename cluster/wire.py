@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from headrace.gpu.rows import Batch, Id
 from headrace.gpu.store import StoredRow
+from headrace.gpu.versions import Versions
 
 __all__ = [
     "batch_from_wire",
@@ -23,10 +24,13 @@ __all__ = [
 ]
 
 _COLUMNS = {"topic_partitions": "<i4", "offsets": "<i8", "timestamps": "<i8", "cells": "<i4", "actions": "u1"}
+_VERSION = ("topic_partitions", "offsets", "timestamps")
 
 
 def batch_to_wire(batch: Batch) -> dict[str, Any]:
     columns = {name: np.asarray(getattr(batch, name), dtype=kind).tobytes() for name, kind in _COLUMNS.items()}
+    if batch.instead is not None:
+        columns |= {f"instead_{name}": getattr(batch.instead, name).tobytes() for name in _VERSION}
     return columns | {
         "ids": list(batch.ids),
         "vectors": floats_to_wire(batch.vectors),
@@ -36,8 +40,15 @@ def batch_to_wire(batch: Batch) -> dict[str, Any]:
 
 def batch_from_wire(wire: Mapping[str, Any]) -> Batch:
     columns = {name: np.frombuffer(wire[name], dtype=kind) for name, kind in _COLUMNS.items()}
+    instead = None
+    if "instead_offsets" in wire:
+        instead = Versions(**{name: np.frombuffer(wire[f"instead_{name}"], dtype=_COLUMNS[name]) for name in _VERSION})
     return Batch(
-        ids=wire["ids"], vectors=floats_from_wire(wire["vectors"]), attributes=dict(wire["attributes"]), **columns
+        ids=wire["ids"],
+        vectors=floats_from_wire(wire["vectors"]),
+        attributes=dict(wire["attributes"]),
+        instead=instead,
+        **columns,
     )
 
 

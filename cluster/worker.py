@@ -21,11 +21,16 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.protocol.pickle import dumps
 
 from headrace.cluster.calls import answering, call
+from headrace.cluster.comparing import Comparing
+from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.moving import header_of_rows, send_on
 from headrace.cluster.replica import Replica
+from headrace.cluster.scheduler import HeadraceScheduler
 from headrace.cluster.state import CollectionState
+from headrace.cluster.staying import Staying, unsupported
 from headrace.cluster.wire import (
     batch_from_wire,
     floats_from_wire,
@@ -48,9 +53,10 @@ log = logging.getLogger("headrace.cluster")
 T = TypeVar("T")
 
 _MOVE_ROWS = 256
+_TIDY = 1.0
 
 
-class WorkerNode(WorkerPlugin):
+class WorkerNode(Comparing, WorkerPlugin):
     """Holds replicas. `pipeline.node` adds the ingest graph and the encoders.
 
     Parameters
@@ -64,13 +70,17 @@ class WorkerNode(WorkerPlugin):
         How searches of many callers are put together.
     move_rate : float
         Rows a second that this worker sends to others when cells move.
+    coordinator : CoordinatorSettings, optional
+        For a scheduler that takes the place of one that was lost.
+    patience : float
+        Seconds that this worker waits for one, and answers reads, before it ends.
     """
 
     name = "headrace"
     idempotent = True
     calls: tuple[str, ...] = (
         "state", "drop", "reset", "apply", "search", "get", "count", "wait",
-        "watermarks", "status", "digests", "scan", "move", "train", "told",
+        "watermarks", "status", "scan", "move", "train", *Comparing.calls, "told", "describe",
     )  # fmt: skip
 
     def __init__(
@@ -81,13 +91,18 @@ class WorkerNode(WorkerPlugin):
         apply_deadline: float = 2.0,
         gather: GatherSettings | None = None,
         move_rate: float = 20_000.0,
+        coordinator: CoordinatorSettings | None = None,
+        patience: float = 3600.0,
     ) -> None:
+        self._coordinator_settings, self._patience = coordinator, patience
         self._backend_name, self._store_settings = backend, store or StoreSettings()
         self._gather_settings = gather or GatherSettings()
         self.apply_deadline, self._move_rate = apply_deadline, move_rate
         self.replicas: dict[str, Replica] = {}
 
     async def setup(self, worker: Any) -> None:
+        if not hasattr(self, "_seed"):
+            self._seed = self.seeded()
         self.worker = worker
         self.address: str = worker.address
         self.instance = uuid.uuid4().hex
@@ -102,10 +117,38 @@ class WorkerNode(WorkerPlugin):
         self._builders = ThreadPoolExecutor(1, thread_name_prefix="headrace-build", initializer=_step_back)
         self._building: set[str] = set()
         self._scans: dict[str, Any] = {}
+        self._tidying = asyncio.get_running_loop().create_task(self._tidy(), name="headrace-tidy")
         worker.handlers.update({f"headrace_{op}": answering(getattr(self, f"on_{op}")) for op in self.calls})
-        await self.call_scheduler("hello", address=self.address, instance=self.instance, pid=os.getpid())
+        self.ends_with_scheduler = unsupported(worker)
+        if self.ends_with_scheduler:
+            log.warning("%s would end if the scheduler did: %s", self.address, self.ends_with_scheduler)
+        elif not self.address.startswith("inproc://"):
+            Staying(worker, self.name, self._returned, patience=self._patience)
+        await self._hello()
+
+    def seeded(self) -> bytes:
+        """This plugin as it was registered, for a scheduler that has none; to be called before `setup`."""
+        return bytes(dumps(self))  # type: ignore[no-untyped-call]
+
+    async def _returned(self) -> None:
+        """The scheduler may be one that has never heard of Headrace."""
+        plugin = HeadraceScheduler(self._coordinator_settings, worker=self._seed)
+        sent = dumps(plugin)  # type: ignore[no-untyped-call]
+        await self.worker.scheduler.register_scheduler_plugin(plugin=sent, name=plugin.name, idempotent=True)
+        await self._hello()
+
+    async def _hello(self) -> None:
+        await self.call_scheduler(
+            "hello",
+            address=self.address,
+            instance=self.instance,
+            pid=os.getpid(),
+            holds=[replica.state.to_wire() for replica in self.replicas.values()],
+            deadline=30.0,
+        )
 
     async def teardown(self, worker: Any) -> None:
+        self._tidying.cancel()
         for name in list(self.replicas):
             await self.release(name)
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -137,6 +180,13 @@ class WorkerNode(WorkerPlugin):
             return self.replicas[collection]
         except KeyError:
             raise CollectionNotFound(f"{self.address} holds no collection {collection!r}") from None
+
+    async def _tidy(self) -> None:
+        """Ask now and then, for a store that rests is asked by nobody else."""
+        while True:
+            await asyncio.sleep(_TIDY)
+            for replica in list(self.replicas.values()):
+                self.maintain(replica)
 
     def maintain(self, replica: Replica) -> None:
         """Seal and merge in the background if there is something to do."""
@@ -186,6 +236,15 @@ class WorkerNode(WorkerPlugin):
         """This worker had stopped answering: what it holds may be behind, so it begins again from its peers."""
         await self.release(collection)
         return {}
+
+    async def on_describe(self, collection: str, epoch: int = -1) -> dict[str, Any]:
+        """As the scheduler's call of this name, for clients that cannot reach it."""
+        state = self.replica(collection).state
+        return {
+            "state": None if state.epoch == epoch else state.to_wire(),
+            "schema": dict(state.schema),
+            "alarms": list(state.alarms),
+        }
 
     async def on_told(self, collection: str, schema: Mapping[str, str], alarms: Sequence[str]) -> dict[str, Any]:
         """What changes without a new epoch, to be remembered should the scheduler be lost."""
@@ -338,15 +397,7 @@ class WorkerNode(WorkerPlugin):
         return {
             **replica.status(),
             "cell_sizes": [list(pair) for pair in replica.store.cell_sizes().items()],
-        }
-
-    async def on_digests(self, collection: str) -> dict[str, Any]:
-        replica = self.replica(collection)
-        sums, stamp = await self.read(replica.store.digests)
-        return {
-            "digests": [[cell, count, str(total)] for cell, (count, total) in sums.items()],
-            "applied": offsets_to_wire(stamp),
-            "epoch": replica.state.epoch,
+            "ends_with_scheduler": self.ends_with_scheduler,
         }
 
     async def on_scan(

@@ -77,6 +77,9 @@ def decide(batch: Batch, known: Known) -> Decision:
     """
     heard = known.live | known.remembered
     order, crossed = compare(Versions(batch.topic_partitions, batch.offsets, batch.timestamps), known.versions)
+    if batch.instead is not None:
+        same_place = known.versions.topic_partitions == batch.instead.topic_partitions
+        order = np.where(same_place & (known.versions.offsets == batch.instead.offsets), 1, order)
     order = np.where(heard, order, 1)
     drop, keep, hold = (batch.actions == action for action in (Action.DROP, Action.KEEP, Action.HOLD))
     same_row = (order == 0) & known.live & ~drop

@@ -1,13 +1,20 @@
 """How much effort a recall takes, measured on the index itself when it is built.
 
-What is asked are rows of the index, moved by three quarters of the distance to their tenth neighbour in a random
-direction. Measured against held-out queries over 12 K rows of 384 numbers (HNSW and IVF-PQ, from hardly to sharply
-clustered): rows as they are promise up to 0.05 more recall than held-out queries then get, points half way to a
-neighbour up to 0.17 more, and rows moved by the whole distance up to 0.05 less.
+What is asked are points a third of the way from a row to another one drawn at random: as hard to find the neighbours of
+as texts and words that are not in the index. Recall@10 of HNSW over 30 K rows at efSearch 16, 32 and 64:
+
+| queries | docstrings' sentences, 384-d | GloVe words, 100-d |
+|---|---|---|
+| not in the index | 0.933, 0.977, 0.993 | 0.790, 0.885, 0.942 |
+| rows of the index | 0.989, 0.996, 0.998 | 0.880, 0.930, 0.963 |
+| rows moved in a random direction, by the distance to the nearest | 0.975, 0.990, 0.997 | 0.722, 0.809, 0.888 |
+| 0.3 of the way to a random row | 0.962, 0.983, 0.992 | 0.822, 0.901, 0.945 |
+| 0.4 of the way | 0.871, 0.924, 0.961 | 0.733, 0.837, 0.911 |
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +26,7 @@ from headrace.gpu.errors import BackendError
 
 __all__ = ["Calibration", "calibrate"]
 
-_MOVED = 0.75
+_MOVED = 1 / 3
 _ENOUGH = 0.9995
 # For large batches an index may score every row, at an effort for which single queries still get an approximate answer.
 _AT_ONCE = 8
@@ -46,8 +53,18 @@ class Calibration:
             )
 
     def effort(self, recall_target: float) -> int:
-        """The least effort that has reached the target; the highest tried where none has."""
-        return next((effort for effort, recall in self.pairs if recall >= recall_target), self.pairs[-1][0])
+        """The effort that reaches the target, on a straight line between two that were tried; the highest tried where
+        none has.
+
+        Recall rises ever more slowly with effort, so it lies above the line.
+        """
+        least, below = self.pairs[0]
+        for effort, recall in self.pairs:
+            if recall >= recall_target:
+                share = 1.0 if effort == least else (recall_target - below) / (recall - below)
+                return math.ceil(least + share * (effort - least))
+            least, below = effort, recall
+        return least
 
     def recall(self, effort: int) -> float:
         """The recall that was measured at an effort, on a straight line between two that were tried."""
@@ -103,7 +120,7 @@ def calibrate(
     efforts = kind.efforts(index, k)
     if efforts == (0,):
         return Calibration(((0, 1.0),))
-    asked = _queries(backend, vectors, metric, k, queries, seed)
+    asked = _queries(backend, vectors, metric, queries, seed)
     k = min(k, len(vectors))
     sign = -1 if metric == "l2" else 1
     truth = sign * backend.exact.search(vectors, None, asked, k, metric)[0][:, -1:]
@@ -124,14 +141,13 @@ def calibrate(
     return Calibration(tuple(pairs))
 
 
-def _queries(backend: Backend, vectors: Array, metric: str, k: int, queries: int, seed: int) -> Array:
-    """Float32 (q, dim): rows that were moved a little."""
+def _queries(backend: Backend, vectors: Array, metric: str, queries: int, seed: int) -> Array:
+    """Float32 (q, dim): points between rows."""
     random = np.random.default_rng(seed)
-    chosen = np.sort(random.choice(len(vectors), min(queries, len(vectors)), replace=False))
-    rows = vectors[backend.xp.asarray(chosen)].astype(np.float32)
-    apart = backend.exact.search(vectors, None, rows, min(k + 1, len(vectors)), "l2")[0][:, -1:]
-    noise = random.normal(size=rows.shape) / np.sqrt(rows.shape[1])
-    moved = rows + _MOVED * backend.xp.sqrt(apart) * backend.xp.asarray(noise, dtype=np.float32)
+    count = min(queries, len(vectors))
+    chosen = [np.sort(random.choice(len(vectors), count, replace=False)) for _ in range(2)]
+    rows, others = (vectors[backend.xp.asarray(numbers)].astype(np.float32) for numbers in chosen)
+    moved = rows + _MOVED * (others - rows)
     if metric == "cosine":
         moved /= backend.xp.linalg.norm(moved, axis=1, keepdims=True)
     return moved.astype(np.float32)

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from headrace.gpu.columns import Columns
 from headrace.gpu.ids import IdColumn
 from headrace.gpu.index_spec import IndexSpec, build_params
 from headrace.gpu.merge import MergePolicy, SegmentSize, plan
+from headrace.gpu.merge import settle as settled
 from headrace.gpu.segments import Sealed
 from headrace.gpu.table import Part, Source, Table, forwarding
 from headrace.gpu.usage import held
@@ -36,6 +38,8 @@ _GATHER_ROWS = 1 << 16
 _STEP = 1 << 12
 _PAUSE = 0.001
 _FEWEST = 64
+_SECONDS_PER_ROW = 2e-4
+"""Of a build, until one has been seen."""
 
 
 def seal_rows_that_fit(wanted: int, spec: IndexSpec, dim: int, budget: Budget) -> int:
@@ -61,9 +65,11 @@ class Maintenance:
         policy: MergePolicy,
         budget: Budget,
         threads: int,
+        settle_after: float,
     ) -> None:
         self._table, self._backend, self._dim, self._metric = table, backend, dim, metric
         self._spec, self._policy, self._budget, self._threads = spec, policy, budget, threads
+        self._settle_after, self._seconds_per_row = settle_after, _SECONDS_PER_ROW
         self._running = threading.Lock()
         self._params = functools.lru_cache(64)(build_params)
 
@@ -72,15 +78,22 @@ class Maintenance:
         with self._table.lock:
             return bool(self._plan())
 
-    def run(self) -> bool:
+    def run(self, *, settle: bool = False) -> bool:
         """Do the best job; False if there is none.
 
         Takes seconds to minutes on the calling thread, which must not be an event loop.
+
+        Parameters
+        ----------
+        settle : bool
+            Do not wait for a rest before everything becomes one segment.
         """
         with self._running:
             with self._table.lock:
                 self._budget.holds(self._table, held(self._table))
-                chosen = self._plan()
+                chosen = self._plan(settle=settle)
+                if any(part.segment is self._table.growing for part in chosen):
+                    self._table.freeze()
                 sources: list[Source] = [(part.segment, np.flatnonzero(part.marks.alive)) for part in chosen]
                 size = sum(self._job_bytes(part) for part in chosen)
             if not chosen:
@@ -91,12 +104,26 @@ class Maintenance:
                 self._rewrite(sources)
             return True
 
-    def _plan(self) -> list[Part]:
-        parts = [part for part in self._table.parts.values() if part.segment is not self._table.growing]
-        if not parts:
-            return []
-        sizes = [SegmentSize(len(part.marks), part.marks.live, part.frozen, self._job_bytes(part)) for part in parts]
-        return [parts[position] for position in plan(sizes, self._policy, self._budget.room)]
+    def _plan(self, *, settle: bool = False) -> list[Part]:
+        everything = [part for part in self._table.parts.values() if len(part.marks)]
+        parts = [part for part in everything if part.segment is not self._table.growing]
+        if parts and (chosen := plan(self._sizes(parts), self._policy, self._budget.room)):
+            return [parts[position] for position in chosen]
+        if everything and (settle or self._rested(sum(part.marks.live for part in everything))):
+            sizes = [
+                replace(size, frozen=size.frozen or part.segment is self._table.growing)
+                for size, part in zip(self._sizes(everything), everything, strict=True)
+            ]
+            return [everything[position] for position in settled(sizes, self._policy, self._budget.room)]
+        return []
+
+    def _rested(self, rows: int) -> bool:
+        """Has nothing been written for as long as a merge of everything would take, and `settle_after`?"""
+        rest = time.monotonic() - self._table.changed_at
+        return rest >= max(self._settle_after, rows * self._seconds_per_row)
+
+    def _sizes(self, parts: Sequence[Part]) -> list[SegmentSize]:
+        return [SegmentSize(len(part.marks), part.marks.live, part.frozen, self._job_bytes(part)) for part in parts]
 
     def _job_bytes(self, part: Part) -> int:
         live, size = part.marks.live, part.segment.nbytes()
@@ -107,7 +134,10 @@ class Maintenance:
 
     def _rewrite(self, sources: Sequence[Source]) -> None:
         rows = sum(len(live) for _, live in sources)
+        began = time.monotonic()
         sealed = self._build(sources, rows) if rows else None
+        if rows >= _FEWEST:
+            self._seconds_per_row = (time.monotonic() - began) / rows
         way = None if sealed is None else forwarding(sources, sealed)
         table = self._table
         with table.lock:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from headrace.gpu.errors import ConfigError
 
-__all__ = ["MergePolicy", "SegmentSize", "plan"]
+__all__ = ["MergePolicy", "SegmentSize", "plan", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,20 @@ def plan(sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = N
         if size.rows and (size.rows - size.live) / size.rows > policy.dead_share and fits.one(position):
             return [position]
     return tiers[0] if tiers else []
+
+
+def settle(sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = None) -> list[int]:
+    """Positions of all segments, where a store that rests is worth making one: each segment is a search by itself.
+
+    Empty where there is one index already, or where all together are too many rows, or too large a job. Few rows are
+    not worth an index (`MergePolicy.floor_rows`). The growing segment counts as `frozen` here.
+    """
+    rows = sum(size.live for size in sizes)
+    if (len(sizes) < 2 and not any(size.frozen for size in sizes)) or not policy.floor_rows <= rows <= policy.max_rows:
+        return []
+    everything = list(range(len(sizes)))
+    fits = _Fits(sizes, policy.max_rows, room)
+    return everything if fits.longest(everything, at_most=len(sizes)) == everything else []
 
 
 class _Fits:

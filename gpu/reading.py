@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ def search(
     if not parts:
         return Found([[] for _ in queries], [[] for _ in queries], view.stamp)
     scores, rows, owner = _best([(to_host(score), to_host(row)) for score, row in answers], k, metric)
+    if rows[:, -1].min() >= 0:  # the way of almost every search
+        found = _materialised(parts, rows, owner)
+        return Found([found[at : at + k] for at in range(0, len(found), k)], scores.tolist(), view.stamp)
     counts = np.count_nonzero(rows >= 0, axis=1).tolist()
     found = _materialised(parts, rows, owner)
     return Found(
@@ -93,7 +97,7 @@ def _allowed(
 def _materialised(parts: Sequence[SegmentView], rows: _Ints, owner: _Ints) -> list[Any]:
     """The rows (q, k) of the parts that own them, one query after the other, None for -1; each part is read once."""
     numbers, owners = rows.ravel(), owner.ravel()
-    if len(parts) == 1 and (numbers >= 0).all():
+    if len(parts) == 1 and numbers.min() >= 0:
         return rows_of_part(parts[0], numbers)
     found: list[Any] = [None] * len(numbers)
     for position, part in enumerate(parts):
@@ -108,18 +112,18 @@ def rows_of_part(part: SegmentView, rows: _Ints, *, vectors: bool = False) -> li
     if not len(rows):
         return []
     segment = part.segment
-    matrix = to_host(segment.vectors_of(rows)) if vectors else [None] * len(rows)
-    return [
-        StoredRow(row_id, *version, cell, attributes, vector)
-        for row_id, version, cell, attributes, vector in zip(
-            segment.ids.to_list(rows),
-            segment.versions.take(rows).to_tuples(),
-            part.cells[rows].tolist(),
-            segment.columns.rows(rows),
-            matrix,
-            strict=True,
-        )
-    ]
+    matrix = to_host(segment.vectors_of(rows)) if vectors else repeat(None, len(rows))
+    versions = segment.versions
+    columns = (
+        segment.ids.to_list(rows),
+        versions.topic_partitions[rows].tolist(),
+        versions.offsets[rows].tolist(),
+        versions.timestamps[rows].tolist(),
+        part.cells[rows].tolist(),
+        segment.columns.rows(rows),
+        matrix,
+    )
+    return list(map(StoredRow._make, zip(*columns, strict=True)))
 
 
 def scan(view: View, cells: frozenset[int] | None, *, vectors: bool, batch: int) -> Iterator[list[StoredRow]]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from headrace.gpu.versions import Versions
 
 __all__ = ["DELETED", "Action", "Applied", "Batch", "Found", "Id", "StoredRow"]
 
@@ -50,6 +52,9 @@ class Batch:
         Of the rows whose action is `Action.HOLD`, in order.
     attributes : dict of str to list, each (h,)
         None where a row lacks the attribute.
+    instead : Versions, optional
+        Only to mend a copy: a version that is known to be wrong for each row. Where the store has exactly that one it
+        gives way, however new it is, and the same version may be sent with another vector.
     """
 
     ids: Sequence[Id]
@@ -60,6 +65,7 @@ class Batch:
     actions: npt.NDArray[np.uint8]
     vectors: npt.NDArray[np.float32]
     attributes: dict[str, Sequence[Any]] = field(default_factory=dict)
+    instead: Versions | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,9 +91,11 @@ class Applied:
     missing: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRow:
-    """One row as it is read: by a search, by id, or in a scan; `vector` only where it was asked for."""
+class StoredRow(NamedTuple):
+    """One row as it is read: by a search, by id, or in a scan; `vector` only where it was asked for.
+
+    A tuple, because a search makes ten of them: a frozen dataclass takes six times as long to make.
+    """
 
     id: Id
     topic_partition: int

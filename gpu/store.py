@@ -7,6 +7,7 @@ and `headrace.gpu.maintenance` tidies up.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from headrace.gpu import reading, usage
 from headrace.gpu.applying import decide
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
+from headrace.gpu.digests import DigestedRows, digested
 from headrace.gpu.errors import ConfigError, StoreFull
 from headrace.gpu.filters import Filter
 from headrace.gpu.ids import hash_ids
 from headrace.gpu.index_spec import IndexSpec
 from headrace.gpu.maintenance import Maintenance, seal_rows_that_fit
 from headrace.gpu.places import by_segment, rows_of
-from headrace.gpu.rows import Action, Applied, Batch, Found, Id, StoredRow
+from headrace.gpu.rows import DELETED, Action, Applied, Batch, Found, Id, StoredRow
 from headrace.gpu.segments import Growing, View
 from headrace.gpu.store_settings import StoreSettings
 from headrace.gpu.table import Table
@@ -77,7 +79,15 @@ class Store:
         seal_rows = seal_rows_that_fit(settings.seal_rows, index, dim, self._budget)
         self._table = Table(lambda: Growing(backend, dim, metric, index.dtype, ids, seal_rows), seal_rows, ids)
         self._maintenance = Maintenance(
-            self._table, backend, dim, metric, index, settings.merge, self._budget, settings.build_threads
+            self._table,
+            backend,
+            dim,
+            metric,
+            index,
+            settings.merge,
+            self._budget,
+            settings.build_threads,
+            settings.settle_after,
         )
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -113,6 +123,8 @@ class Store:
         table = self._table
         with table.lock:
             entries, places, known = table.known(hashes, batch.ids)
+            if batch.instead is not None:  # in a damaged store a dead row may still be known
+                known = replace(known, live=table.cells_of(places) != DELETED)
             decision = decide(batch, known)
             if len(decision.insert):
                 self._admit(batch, len(decision.insert))
@@ -213,6 +225,18 @@ class Store:
                 found[position] = row
         return found, stamp
 
+    def heard(self, ids: Sequence[Id]) -> tuple[list[tuple[int, int, int, int] | None], Mapping[int, int]]:
+        """What is known of each id, and the stamp of the moment: topic partition, offset, timestamp and the row's cell
+        (`DELETED` if there is no row and only the version is remembered); None for an id never heard of or forgotten.
+        """
+        hashes = hash_ids(ids, self.ids)
+        with self._table.lock:
+            _, places, known = self._table.known(hashes, ids)
+            cells = self._table.cells_of(places)
+            stamp = self._table.view.stamp
+        columns = zip((places >= 0).tolist(), known.versions.to_tuples(), cells.tolist(), strict=True)
+        return [(*version, cell) if there else None for there, version, cell in columns], stamp
+
     def scan(
         self, cells: frozenset[int] | None = None, *, vectors: bool = False, batch: int = 1024
     ) -> Iterator[list[StoredRow]]:
@@ -232,6 +256,10 @@ class Store:
         view = self.view
         return reading.digests(view), view.stamp
 
+    def row_digests(self, cells: frozenset[int] | None = None, *, deep: bool = False) -> Iterator[DigestedRows]:
+        """One 64-bit digest for each live row of one view, in chunks; see `headrace.gpu.digests`."""
+        return digested(self.view, cells, deep=deep)
+
     def statistics(self) -> dict[str, Any]:
         """`headrace.gpu.usage.statistics`, and under ``memory`` the worker's budget.
 
@@ -249,13 +277,21 @@ class Store:
     # -- in the background ---------------------------------------------------------------------------------------------
 
     def wants_maintenance(self) -> bool:
-        """Is there a segment to seal or to merge? Cheap enough to ask after every apply."""
+        """Is there a segment to seal or to merge? Cheap enough to ask after every apply.
+
+        To be asked now and then while nothing is written, too: a store that rests becomes one segment.
+        """
         return self._maintenance.wanted()
 
-    def maintain(self) -> bool:
+    def maintain(self, *, settle: bool = False) -> bool:
         """Rewrite the segments that the policy names into one sealed segment; False when there is nothing to do.
 
         Runs for seconds on the calling thread, which must not be an event loop; one run at a time. Rows that die or
         change their cell meanwhile are carried over at the swap.
+
+        Parameters
+        ----------
+        settle : bool
+            Nothing more will be written for long: make everything one segment now.
         """
-        return self._maintenance.run()
+        return self._maintenance.run(settle=settle)

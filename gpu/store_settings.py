@@ -28,6 +28,9 @@ class StoreSettings:
     memory_limit : int or None
         Bytes that the stores of one worker may hold together. An eighth of it is kept for sealing, merging and
         taking out deleted rows, so rows are refused (`StoreFull`) before the rest is exceeded.
+    settle_after : float
+        Seconds without a write after which all segments, the growing one too, become one, so that a search looks into
+        one index. Never sooner than the merge would take: then writes that come now and then at most double the work.
     merge : MergePolicy
 
     Raises
@@ -40,6 +43,7 @@ class StoreSettings:
     build_threads: int = 1
     maintenance_memory: int = 2 << 30
     memory_limit: int | None = None
+    settle_after: float = 10.0
     merge: MergePolicy = field(default_factory=MergePolicy)
 
     def __post_init__(self) -> None:
@@ -47,3 +51,5 @@ class StoreSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: give a number of at least 1")
+        if self.settle_after <= 0:
+            raise ConfigError(f"settle_after is {self.settle_after}: give seconds, more than 0")

@@ -8,6 +8,7 @@ old and new row change places in one assignment.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from headrace.gpu.applying import Decision, Known
 from headrace.gpu.marks import Marks
 from headrace.gpu.places import Directory, Forwarding, by_segment, places_of, rows_of, serials_of
 from headrace.gpu.remembered import REMEMBERED, Remembered
-from headrace.gpu.rows import Batch, Id
+from headrace.gpu.rows import DELETED, Batch, Id
 from headrace.gpu.segments import Growing, Sealed, Segment, SegmentView, View
 from headrace.gpu.versions import Versions
 
@@ -67,6 +68,7 @@ class Table:
         self.parts: dict[int, Part] = {self.growing.serial: Part(self.growing, Marks())}
         self._stamp: Mapping[int, int] = MappingProxyType({})
         self._view = View((), self._stamp, 0)
+        self.changed_at = time.monotonic()
 
     @property
     def view(self) -> View:
@@ -93,6 +95,16 @@ class Table:
         remembered = serials_of(places) == REMEMBERED
         return entries, places, Known((places >= 0) & ~remembered, remembered, versions)
 
+    def cells_of(self, places: _Ints) -> npt.NDArray[np.int32]:
+        """Cells of the rows at `places`; `DELETED` where there is no place, a remembered deletion, or a dead row."""
+        cells = np.full(len(places), DELETED, dtype=np.int32)
+        rows = np.flatnonzero((places >= 0) & (serials_of(places) != REMEMBERED))
+        for serial, positions in by_segment(places[rows]):
+            at = rows[positions]
+            marks, numbers = self.parts[serial].marks, rows_of(places[at])
+            cells[at] = np.where(marks.alive[numbers], marks.cells[numbers], DELETED)
+        return cells
+
     def _versions_of(self, serial: int, rows: _Ints) -> Versions:
         if serial == REMEMBERED:
             return self.remembered.versions(rows)
@@ -112,6 +124,7 @@ class Table:
         RecordError
             An attribute is not of its column's kind; nothing has been changed.
         """
+        self.changed_at = time.monotonic()
         versions = Versions(batch.topic_partitions, batch.offsets, batch.timestamps)
         new = self._insert(decision, batch, hashes, versions) if len(decision.insert) else None
         for serial, positions in by_segment(places[decision.relabel]):
@@ -142,10 +155,14 @@ class Table:
         part = self.parts[growing.serial]
         part.marks.append(batch.cells[at])
         if len(growing) >= self._seal_rows:
-            part.frozen = True
-            self.growing = self._begin()
-            self.parts[self.growing.serial] = Part(self.growing, Marks())
+            self.freeze()
         return places_of(growing.serial, np.arange(first, first + len(at)))
+
+    def freeze(self) -> None:
+        """Write no more into the growing segment, and begin another."""
+        self.parts[self.growing.serial].frozen = True
+        self.growing = self._begin()
+        self.parts[self.growing.serial] = Part(self.growing, Marks())
 
     def drop(self, wanted: npt.NDArray[np.int32]) -> int:
         """Remove the rows of all cells but `wanted`, and remember their versions; returns how many."""

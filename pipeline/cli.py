@@ -15,11 +15,13 @@ import click
 
 from headrace.gpu.errors import HeadraceError
 from headrace.pipeline.cli_bench import bench
-from headrace.pipeline.cli_cluster import create, drop, status, up
+from headrace.pipeline.cli_cluster import create, drop, status
 from headrace.pipeline.cli_common import Session, debug_option
 from headrace.pipeline.cli_demo import demo
 from headrace.pipeline.cli_drain import drain
+from headrace.pipeline.cli_processes import scheduler, up, worker
 from headrace.pipeline.cli_records import ingest, produce, search
+from headrace.pipeline.cli_verify import verify
 
 __all__ = ["commands", "main"]
 
@@ -44,7 +46,7 @@ def commands() -> None:
     """
 
 
-for _command in (demo, up, create, produce, ingest, search, status, drain, drop, bench):
+for _command in (demo, up, scheduler, worker, create, produce, ingest, search, status, verify, drain, drop, bench):
     commands.add_command(_command)
 
 

@@ -1,60 +1,15 @@
-"""The commands about a cluster and what is on it: ``up``, ``create``, ``status``."""
+"""The commands about what is on a cluster: ``create``, ``status``, ``drop``."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from headrace.gpu.errors import ClusterError
-from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, shielded, table
+from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table
 
-__all__ = ["create", "drop", "status", "up"]
-
-
-@click.command(cls=Command, short_help="Run a cluster on this machine.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Worker processes.")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Where to listen; others than this machine need TLS."
-)
-@click.option("--port", default=8786, show_default=True, type=click.IntRange(0, 65535), help="The scheduler's port.")
-@click.option("--dashboard", default=":8787", show_default=True, help="Where the Dask dashboard listens.")
-@click.option("--backend", default=None, type=click.Choice(["auto", "host", "rapids"]), help="[default: as configured]")
-def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) -> None:
-    """Run a cluster on this machine until Ctrl-C.
-
-    \b
-    Examples:
-      headrace up
-      headrace up --workers 4 --port 9786 --dashboard :9787
-    """
-    import headrace
-    from headrace.pipeline.launch import check_host
-
-    check_host(host)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    _check_port(host, port)
-    with shielded():
-        database = headrace.connect(
-            workers=workers,
-            processes=True,
-            backend=backend,
-            dashboard=_on(host, dashboard),
-            host=host,
-            port=port,
-        )
-    with database:
-        click.echo(f"scheduler  {database.address}")
-        click.echo(f"dashboard  {database.dashboard}")
-        click.echo(f'connect    headrace.connect("{database.address}")')
-        click.echo("Ctrl-C stops it")
-        stop.wait()
-        click.echo("stopping", err=True)
+__all__ = ["create", "drop", "status"]
 
 
 @click.command(cls=Command, short_help="Create a collection.")
@@ -174,24 +129,6 @@ def status(name: str | None, cluster: str, as_json: bool) -> None:
         click.echo(f"{workers} workers, no collection yet: headrace create NAME makes one")
     for state in [] if as_json else states:
         _show(state)
-
-
-def _check_port(host: str, port: int) -> None:
-    """Dask would say only that its scheduler did not start."""
-    import socket
-
-    try:
-        # As the scheduler will: a connection that has just ended does not hold the port.
-        with socket.create_server((host, port)):
-            return
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (")[0]
-        raise ClusterError(f"nothing can listen at {host}:{port} ({why}): choose another port with --port") from error
-
-
-def _on(host: str, dashboard: str) -> str:
-    """A bare ``:port`` would listen on every network; the dashboard can do what the scheduler can."""
-    return f"{host}{dashboard}" if dashboard.startswith(":") else dashboard
 
 
 def _show(state: Mapping[str, Any]) -> None:

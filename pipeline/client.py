@@ -171,6 +171,10 @@ class Database:
         for thing in self._owns:
             thing.close()
 
+    def end_cluster(self) -> None:
+        """Have the workers stop reading, because they are about to be ended; what they hold is gone then."""
+        self._sync(self._async.disconnect, end_cluster=True)
+
     def __enter__(self) -> Database:
         return self
 
@@ -338,6 +342,30 @@ class Collection:
         """State, rows, copies, ingest figures, alarms."""
         return self._sync(self._async.status)  # type: ignore[no-any-return]
 
-    def verify(self, *, deadline: float = 10.0) -> Verification:
-        """Compare all copies of every cell, once they have applied the same offsets."""
-        return self._sync(self._async.verify, deadline=deadline)  # type: ignore[no-any-return]
+    def verify(self, *, repair: bool = False, deep: bool = False, deadline: float = 10.0) -> Verification:
+        """Compare all copies of every cell, at offsets that all of them have applied; reads and writes go on.
+
+        Parameters
+        ----------
+        repair : bool
+            Mend what differs: the topic is read once more for the ids concerned, and what its log has of them is
+            applied wherever it is lacking. Where the log no longer reaches back so far, the highest version that any
+            copy knows is taken.
+        deep : bool
+            Compare vectors and attributes too, not only ids and versions. Takes some microseconds a row.
+        deadline : float
+            Seconds; a repair may read all of the topic.
+
+        Returns
+        -------
+        Verification
+
+        Raises
+        ------
+        BrokerError
+            A repair could not read the log.
+        ClusterError
+        """
+        return self._sync(  # type: ignore[no-any-return]
+            self._async.verify, repair=repair, deep=deep, deadline=deadline
+        )

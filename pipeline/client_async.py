@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cluster.calls import Call, call
-from headrace.cluster.state import CollectionSpec, CollectionState
+from headrace.cluster.state import CollectionSpec
 from headrace.cluster.wire import (
     floats_from_wire,
     floats_to_wire,
@@ -42,6 +42,7 @@ from headrace.pipeline.results import Consistency, Hits, Row, Rows, Verification
 from headrace.pipeline.rows_in import Record, delete_records, upsert_records
 from headrace.pipeline.specs import make_spec
 from headrace.pipeline.summary import summarise
+from headrace.pipeline.verifying import Verifier
 from headrace.streams.producer import RecordProducer
 from headrace.streams.topics import Offsets
 
@@ -75,10 +76,13 @@ class AsyncDatabase:
         return f"http://{host}:{scheduler['services']['dashboard']}/status"
 
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        if self.dask.status == "connecting" and address == self.address:
+            # It would take the whole connect timeout to learn what Dask's client has seen already.
+            raise ClusterError(f"the scheduler {address} is lost ('{op}'): waiting for one to take its place")
         return await call(self.dask.rpc, address, op, deadline=deadline, **message)
 
     async def _scheduler(self, op: str, deadline: float = 30.0, **message: Any) -> dict[str, Any]:
-        return await self.call(self.address, op, deadline=deadline, **message)
+        return await call(self.dask.rpc, self.address, op, deadline=deadline, **message)
 
     async def create_collection(
         self,
@@ -421,50 +425,16 @@ class AsyncCollection:
         ingests = await asyncio.gather(*(ask(worker, "ingest_status") for worker in state.members))
         return summarise(state, [w for w in workers if w], [i["ingest"] for i in ingests if i and i["ingest"]])
 
-    async def verify(self, *, deadline: float = 10.0) -> Verification:
-        until = time.monotonic() + seconds("deadline", deadline, 10.0)
-        while True:
-            state = await self._router.state(newest=True)
-            answers = dict(
-                zip(
-                    state.active,
-                    await asyncio.gather(
-                        *(
-                            self._call(worker, "digests", deadline=deadline, collection=self.name)
-                            for worker in state.active
-                        )
-                    ),
-                    strict=True,
-                )
-            )
-            marks = {tuple(sorted(map(tuple, answer["applied"]))) for answer in answers.values()}
-            settled = not state.moving and all(answer["epoch"] == state.epoch for answer in answers.values())
-            if settled and len(marks) == 1:
-                return _compare(state, answers)
-            if time.monotonic() >= until:
-                why = "rows are on the move" if not settled else "the copies never had applied the same offsets"
-                return Verification(False, len(state.cells), 0, [f"not compared within {deadline:g} s: {why}"])
-            await asyncio.sleep(0.05)
+    async def verify(self, *, repair: bool = False, deep: bool = False, deadline: float = 10.0) -> Verification:
+        verifier = Verifier(self._call, self._router, self.name, deep=deep)
+        return await verifier.verify(repair=repair, deadline=seconds("deadline", deadline, 10.0))
 
     async def close(self) -> None:
-        """Close the connection to Kafka."""
+        """Close the connection to Kafka, and ask the scheduler for nothing any more."""
+        self._router.close()
         if self._producer is not None:
             await asyncio.to_thread(self._producer.close)
             self._producer = None
-
-
-def _compare(state: CollectionState, answers: Mapping[str, Mapping[str, Any]]) -> Verification:
-    digests = {
-        worker: {cell: (count, total) for cell, count, total in answer["digests"]} for worker, answer in answers.items()
-    }
-    differences, copies = [], 0
-    for cell in state.cells:
-        seen = {worker: digests[worker].get(cell, (0, "0")) for worker in state.serving[cell] if worker in digests}
-        copies += len(seen)
-        if len(set(seen.values())) > 1:
-            each = ", ".join(f"{worker}: {count} rows, digest {total}" for worker, (count, total) in seen.items())
-            differences.append(f"cell {cell} differs ({each})")
-    return Verification(not differences, len(state.cells), copies, differences)
 
 
 def _lowest(answers: Iterable[Mapping[str, Any]]) -> dict[int, int]:

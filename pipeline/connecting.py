@@ -59,6 +59,8 @@ def connect(
     """
     import distributed
 
+    from headrace.pipeline.dask_client import PatientClient
+
     timeout = _checked(address, backend, timeout)
     owns: list[Any] = []
     if address is None:
@@ -68,7 +70,7 @@ def connect(
         except RuntimeError as error:
             raise _no_cluster(host, port, error) from error
     try:
-        dask_client = distributed.Client(  # type: ignore[no-untyped-call]
+        dask_client = PatientClient(  # type: ignore[no-untyped-call]
             owns[0] if owns else address, direct_to_workers=True, timeout=timeout, set_as_default=False
         )
     except (OSError, ValueError, TimeoutError, RuntimeError) as error:
@@ -145,6 +147,8 @@ async def _connect_async(
 ) -> AsyncDatabase:
     import distributed
 
+    from headrace.pipeline.dask_client import PatientClient
+
     timeout = _checked(address, backend, timeout)
     owns: list[Any] = []
     if address is None:
@@ -154,7 +158,7 @@ async def _connect_async(
         except RuntimeError as error:
             raise _no_cluster(host, port, error) from error
     try:
-        dask_client = await distributed.Client(  # type: ignore[no-untyped-call]
+        dask_client = await PatientClient(  # type: ignore[no-untyped-call]
             owns[0] if owns else address,
             direct_to_workers=True,
             timeout=timeout,

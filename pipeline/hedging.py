@@ -2,7 +2,8 @@
 
 The first answer wins, as in "hedged requests" (Dean and Barroso, The Tail at Scale, CACM 2013). The delay after which
 a second copy is asked is learnt from recent answers, so that few healthy requests are asked twice; a budget bounds them
-where all copies become slow at once, when asking twice would only make it worse.
+where all copies become slow at once, when asking twice would only make it worse. A copy that has said nothing at all
+since it was asked is no part of that: the caller lets every request to it go to another.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from headrace.gpu.errors import ClusterError, CollectionNotFound
+from headrace.gpu.errors import ClusterError, CollectionNotFound, StaleEpoch
 
 __all__ = ["Pace", "hedged", "let_go"]
 
@@ -69,7 +70,8 @@ async def hedged(
         Begin a request. `second` answers None if there is nobody else to ask.
     patience : float
     may_hedge : callable
-        Asked only where the first is slow; where it has failed, the second is always asked.
+        Asked only where the first is slow, and again each `patience` seconds; where it has failed, the second is
+        always asked.
 
     Returns
     -------
@@ -78,24 +80,27 @@ async def hedged(
 
     Raises
     ------
+    StaleEpoch
+        One of them knows a newer placement.
     ClusterError, CollectionNotFound
         Of the first request, where neither could be had.
     """
     primary: asyncio.Future[T] = asyncio.ensure_future(first())
     backup: asyncio.Future[T] | None = None
     try:
-        await asyncio.wait({primary}, timeout=patience)
-        if primary.done() and primary.exception() is None:
-            return primary.result(), False
-        if primary.done() and not isinstance(primary.exception(), ClusterError | CollectionNotFound):
-            return primary.result(), False  # raises what no other copy would answer otherwise
-        other = second() if primary.done() or may_hedge() else None
+        while True:
+            await asyncio.wait({primary}, timeout=patience)
+            if primary.done() and _counts(primary):
+                return primary.result(), False
+            if primary.done() or may_hedge():
+                break
+        other = second()
         if other is None:
             return await primary, False
         backup = asyncio.ensure_future(other)
         await asyncio.wait({primary, backup}, return_when=asyncio.FIRST_COMPLETED)
         for answer in (primary, backup):
-            if answer.done() and answer.exception() is None:
+            if answer.done() and _counts(answer):
                 return answer.result(), answer is backup
         # One has failed: the other may still answer; if both have, the first one's reason is told.
         left = [answer for answer in (primary, backup) if not answer.done()]
@@ -108,6 +113,12 @@ async def hedged(
             let_go(backup)
 
 
+def _counts(answer: asyncio.Future[T]) -> bool:
+    """True unless another copy may do better. None does where the placement is an older one: it must be fetched."""
+    error = answer.exception()
+    return isinstance(error, StaleEpoch) or not isinstance(error, ClusterError | CollectionNotFound)
+
+
 async def _fails(answer: asyncio.Future[T]) -> bool:
     await asyncio.wait({answer})
     return answer.exception() is not None
@@ -115,7 +126,5 @@ async def _fails(answer: asyncio.Future[T]) -> bool:
 
 def let_go(answer: asyncio.Future[T]) -> None:
     """Cancel what nobody waits for, and look at an error that nobody will raise."""
-    if not answer.done():
-        answer.cancel()
-    elif not answer.cancelled():
-        answer.exception()
+    answer.cancel()
+    answer.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -239,6 +239,15 @@ class Ingest:
             "stages": {stage: histogram.to_wire() for stage, histogram in self.stages.items()},
         }
 
+    @property
+    def reader_settings(self) -> ReaderSettings:
+        """How the topic is read."""
+        return self._settings.reader
+
+    async def made_of(self, raw: RawBatch) -> MicroBatch:
+        """Records that were read once more, decoded and with vectors, as the graph would make them; for mending."""
+        return await self._to_vectors(await self._decode(MicroBatch(raw)))
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     async def _decode(self, batch: MicroBatch) -> MicroBatch:
@@ -335,7 +344,7 @@ class Ingest:
                     state,
                     {worker: part_for(header, worker, state) for worker in state.members},
                     me=self._node.address,
-                    local=self._local,
+                    local=self.local,
                     deadline=self._settings.apply_deadline,
                     ranges=ranges,
                     stable=self.source.stable,
@@ -382,7 +391,8 @@ class Ingest:
             self._node.adopt_soon(newer)
         await asyncio.sleep(0.005)
 
-    def _local(self, *args: Any) -> Any:
+    def local(self, *args: Any) -> Any:
+        """`Replica.apply` of this worker."""
         try:
             applied = self._replica.apply(*args)
         finally:  # also where there was no room: tidying up makes some

@@ -16,7 +16,7 @@ from headrace.pipeline.ingest import IngestSettings
 from headrace.pipeline.node import HeadraceWorker
 from headrace.streams.reader import ReaderSettings
 
-__all__ = ["check_host", "cluster_options", "plugins_from_config"]
+__all__ = ["check_host", "cluster_options", "dashboard_address", "plugins_from_config"]
 
 
 def check_host(host: str) -> None:
@@ -58,7 +58,7 @@ def cluster_options(workers: int, *, processes: bool, dashboard: str | None, hos
         "processes": processes,
         "threads_per_worker": 1,
         "memory_limit": 0,  # an index lives outside of what Dask spills or counts
-        "dashboard_address": _at(dashboard, host),
+        "dashboard_address": dashboard_address(dashboard, host),
         "worker_dashboard_address": "127.0.0.1:0",
     }
     if processes:
@@ -92,6 +92,7 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
         seal_rows=config.get("store.seal-rows"),
         build_threads=config.get("store.build-threads"),
         maintenance_memory=config.get("store.maintenance-memory"),
+        settle_after=config.get("store.settle-after"),
         memory_limit=config.get("store.memory-limit"),
     )
     threads = config.get("encoder.threads") or max(1, (os.cpu_count() or 1) // workers)
@@ -102,6 +103,7 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
         survey=config.get("placement.survey"),
         rebalance_rows=config.get("placement.rebalance-rows"),
         silence=config.get("ingest.apply-deadline"),
+        grace=config.get("scheduler.grace"),
     )
     gather = GatherSettings(
         at_once=config.get("search.at-once"),
@@ -109,12 +111,19 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
         window=config.get("search.batch-window"),
     )
     worker = HeadraceWorker(
-        backend or config.get("backend"), store, ingest, threads, gather, move_rate=config.get("placement.move-rate")
+        backend or config.get("backend"),
+        store,
+        ingest,
+        threads,
+        gather,
+        move_rate=config.get("placement.move-rate"),
+        coordinator=coordinator,
+        patience=config.get("scheduler.patience"),
     )
     return HeadraceScheduler(coordinator), worker
 
 
-def _at(dashboard: str | None, host: str) -> str:
+def dashboard_address(dashboard: str | None, host: str) -> str:
     """Where the dashboard listens: on `host`, not, as Dask would have it, on every address of the machine."""
     given, _, port = (dashboard or ":0").rpartition(":")
     check_host(given or host)

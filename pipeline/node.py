@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.replica import Replica
 from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import floats_to_wire, offsets_to_wire
 from headrace.cluster.worker import WorkerNode
-from headrace.gpu.errors import EncoderError
+from headrace.gpu.errors import ClusterError, EncoderError, StaleEpoch
 from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
 from headrace.pipeline.encoders import load_encoder
 from headrace.pipeline.ends import Ends
 from headrace.pipeline.ingest import Encode, Ingest, IngestSettings
+from headrace.pipeline.mending import Mender
 
 __all__ = ["HeadraceWorker"]
 
@@ -30,7 +32,7 @@ log = logging.getLogger("headrace.pipeline")
 class HeadraceWorker(WorkerNode):
     """The plugin that `launch` registers on every worker."""
 
-    calls = (*WorkerNode.calls, "encode", "offsets", "ingest_status")
+    calls = (*WorkerNode.calls, "encode", "offsets", "ingest_status", "mend")
 
     def __init__(
         self,
@@ -40,6 +42,8 @@ class HeadraceWorker(WorkerNode):
         encoder_threads: int | None = None,
         gather: GatherSettings | None = None,
         move_rate: float = 20_000.0,
+        coordinator: CoordinatorSettings | None = None,
+        patience: float = 3600.0,
     ) -> None:
         self._ingest_settings = ingest or IngestSettings()
         deadline = self._ingest_settings.apply_deadline
@@ -49,10 +53,13 @@ class HeadraceWorker(WorkerNode):
             apply_deadline=deadline,
             gather=gather,
             move_rate=move_rate,
+            coordinator=coordinator,
+            patience=patience,
         )
         self._encoder_threads = encoder_threads
 
     async def setup(self, worker: Any) -> None:
+        self._seed = self.seeded()  # before it holds what cannot travel
         self._ingests: dict[str, Ingest] = {}
         self._following: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -113,8 +120,20 @@ class HeadraceWorker(WorkerNode):
         self._spawn(self.adopt(state))
 
     def alarm(self, collection: str, text: str) -> None:
-        """Have the scheduler keep a sentence that a person should read."""
-        self._spawn(self.call_scheduler("alarm", collection=collection, text=text))
+        """Have the scheduler keep a sentence that a person should read; while it is away, this worker does."""
+        self._spawn(self._tell_alarm(collection, text))
+
+    async def _tell_alarm(self, collection: str, text: str) -> None:
+        while (replica := self.replicas.get(collection)) is not None:
+            if text not in replica.state.alarms:
+                replica.state = replica.state.with_(alarms=(*replica.state.alarms, text))
+            try:
+                await self.call_scheduler("alarm", collection=collection, text=text)
+            except ClusterError as error:
+                log.warning("collection %r: an alarm is told again later: %s", collection, error)
+                await asyncio.sleep(1.0)
+            else:
+                return
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -160,6 +179,22 @@ class HeadraceWorker(WorkerNode):
             kafka = dict(self._ingest_settings.reader.kafka)
             self._ends[collection] = Ends(source.bootstrap, source.topic, kafka, self._blocking)
         return {"offsets": offsets_to_wire(await self._ends[collection].known(max_age))}
+
+    async def on_mend(
+        self, collection: str, epoch: int, ids: Sequence[Any], anew: Sequence[bool], deadline_s: float
+    ) -> dict[str, Any]:
+        """Give all copies what the log has of `ids`; see `Mender`. Answers which could not be mended, and why."""
+        replica = self._at(collection, epoch)
+        ingest = self._ingests.get(collection)
+        if ingest is None or not ingest.source.assigned:
+            raise StaleEpoch(f"{self.address} does not read the topic of {collection!r} yet")
+        loop = asyncio.get_running_loop()
+
+        async def blocking(function: Any, *args: Any) -> Any:
+            return await loop.run_in_executor(self._blocking, function, *args)
+
+        failed = await Mender(self, ingest, replica.state, blocking, deadline_s).mend(ids, anew)
+        return {"failed": [[row_id, why] for row_id, why in failed.items()]}
 
     async def on_ingest_status(self, collection: str) -> dict[str, Any]:
         ingest = self._ingests.get(collection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from headrace.gpu.errors import (
     ConfigError,
     ConsistencyTimeout,
     FilterError,
+    HeadraceError,
     StaleEpoch,
 )
 from headrace.gpu.filters import Filter, parse
@@ -27,6 +29,8 @@ from headrace.pipeline.hedging import Pace, hedged, let_go
 from headrace.pipeline.results import Bounded, Consistency
 
 __all__ = ["Router", "consistency_of"]
+
+log = logging.getLogger("headrace.pipeline")
 
 T = TypeVar("T")
 Ask = Callable[[str], Awaitable[dict[str, Any]]]
@@ -66,36 +70,108 @@ class Router:
         self._call, self._scheduler = call, scheduler
         self._state: CollectionState | None = None
         self._state_at = 0.0
+        self._away = False
+        self._probing: asyncio.Task[None] | None = None
         self._avoid: dict[str, float] = {}
         self._paces: dict[str, Pace] = {}
+        self._heard: dict[str, float] = {}
         self._turn = 0
         self._any_turn = 0
+        self._looking: asyncio.Task[None] | None = None
+        self._gone: CollectionNotFound | None = None
 
     async def state(self, *, newest: bool = False, deadline: float = 5.0) -> CollectionState:
-        """The collection's state, at most a second old; asked for now if `newest`."""
-        if self._state is None or newest or time.monotonic() - self._state_at > _STATE_AGE:
-            epoch = -1 if self._state is None else self._state.epoch
-            try:
-                answer = await self._call(
-                    self._scheduler, "describe", deadline=deadline, collection=self.name, epoch=epoch
-                )
-            except ClusterError:
-                if self._state is None or newest:
-                    raise
-                return self._state  # reads go on while the scheduler is away
-            if answer["state"] is not None:
-                new = CollectionState.from_wire(answer["state"])
-                if self._state is not None and new.spec.uid != self._state.spec.uid:
-                    raise CollectionNotFound(
-                        f"collection {self.name!r} was dropped and another was made under its name: open it again with "
-                        f"collection({self.name!r})"
-                    )
-                self._state = new
-            assert self._state is not None
-            self._state = self._state.with_(schema=dict(answer["schema"]), alarms=tuple(answer["alarms"]))
-            self._state_at = time.monotonic()
+        """The collection's state, at most a second old, or older while the scheduler is away; asked for now if
+        `newest`.
+        """
+        if self._state is None or newest:
+            await self._fetch(deadline)
+        elif time.monotonic() - self._state_at > _STATE_AGE:
+            if self._away and self._state_at > float("-inf"):
+                return await self.known()  # it has been waited for once
+            with contextlib.suppress(ClusterError):
+                await self._fetch(deadline)
         assert self._state is not None
         return self._state
+
+    async def _fetch(self, deadline: float) -> None:
+        epoch = -1 if self._state is None else self._state.epoch
+        asked = {"collection": self.name, "epoch": epoch}
+        answer: dict[str, Any] | None = None
+        if not self._away:
+            try:
+                answer = await self._call(self._scheduler, "describe", deadline=deadline, **asked)
+            except ClusterError:
+                if self._state is None:
+                    raise
+                self._away = True
+        if answer is None:
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.ensure_future(self._probe())
+            answer = await self._told_by_workers(deadline, asked)
+        if answer["state"] is not None:
+            new = CollectionState.from_wire(answer["state"])
+            if self._state is not None and new.spec.uid != self._state.spec.uid:
+                raise CollectionNotFound(
+                    f"collection {self.name!r} was dropped and another was made under its name: open it again with "
+                    f"collection({self.name!r})"
+                )
+            # A new scheduler may know less than the one before it, until all workers have returned to it.
+            if self._state is None or new.epoch >= self._state.epoch:
+                self._state = new
+        assert self._state is not None
+        self._state = self._state.with_(schema=dict(answer["schema"]), alarms=tuple(answer["alarms"]))
+        self._state_at = time.monotonic()
+
+    async def _probe(self) -> None:
+        """Nobody waits for a scheduler that is away; this sees when it is back."""
+        with contextlib.suppress(ClusterError):
+            with contextlib.suppress(CollectionNotFound):  # the next to ask is told so
+                await self._call(self._scheduler, "describe", deadline=5.0, collection=self.name, epoch=-1)
+            self._away = False
+
+    async def _told_by_workers(self, deadline: float, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Only the scheduler changes a state, and it tells all members: the newest that one of them knows counts."""
+        assert self._state is not None
+        answers = await asyncio.gather(
+            *(self._call(worker, "describe", deadline=min(deadline, 1.0), **asked) for worker in self._state.members),
+            return_exceptions=True,
+        )
+        known = [answer for answer in answers if isinstance(answer, dict)]
+        if not known:
+            raise ClusterError(f"neither the scheduler {self._scheduler} nor a worker of {self.name!r} answers")
+        return max(known, key=lambda told: told["state"]["epoch"] if told["state"] else asked["epoch"])
+
+    async def known(self) -> CollectionState:
+        """The collection's state as far as it is known here: whoever reads waits for no scheduler.
+
+        What is older than a second is looked at meanwhile, by one call for all. An older state does no harm: a worker
+        that knows a newer one refuses the read, and then the newest is fetched.
+        """
+        if self._gone is not None:
+            gone, self._gone = self._gone, None
+            raise gone
+        if self._state is None or self._state_at == float("-inf"):
+            return await self.state()
+        if self._looking is None and time.monotonic() - self._state_at > _STATE_AGE:
+            self._looking = asyncio.ensure_future(self._look())
+        return self._state
+
+    async def _look(self) -> None:
+        try:
+            await self._fetch(5.0)
+        except CollectionNotFound as error:
+            self._gone = error  # the next read says so
+        except HeadraceError as error:
+            log.info("collection %r: its state is asked for again later: %s", self.name, error)
+        finally:
+            self._looking = None
+
+    def close(self) -> None:
+        """Ask for nothing any more."""
+        for task in (self._looking, self._probing):
+            if task is not None:
+                task.cancel()
 
     async def filter(self, text: str | None, required: Mapping[int, int], deadline: float) -> Filter | None:
         """Read a filter by the columns that the collection has once `required` has been applied; None stays None.
@@ -111,7 +187,7 @@ class Router:
             return None
         until = time.monotonic() + deadline
         with contextlib.suppress(FilterError):
-            return parse(text, (await self.state()).schema)
+            return parse(text, (await self.known()).schema)
         if required:
             with contextlib.suppress(FilterError):
                 return parse(text, (await self.state(newest=True)).schema)
@@ -152,7 +228,7 @@ class Router:
         """Ask one active worker, another if it is slow or does not answer."""
         until = time.monotonic() + deadline
         while True:
-            state = await self.state()
+            state = await self.known()
             workers = [worker for worker in state.active if worker not in self._avoided()] or list(state.active)
             self._any_turn += 1  # a count of its own: a search asks twice, and parity would tie each kind to one worker
             try:
@@ -183,7 +259,7 @@ class Router:
         until = time.monotonic() + deadline
         wanted = offsets_to_wire(required)
         while True:
-            state = await self.state()
+            state = await self.known()
             self._turn += 1
             workers = self._cover(state, state.cells, frozenset()) or cover(
                 state.cells, state.serving, avoid=frozenset(), turn=self._turn
@@ -221,7 +297,9 @@ class Router:
             return [await ask(worker)]
 
         def others() -> Awaitable[list[dict[str, Any]]] | None:
-            instead = self._cover(state, cells, frozenset([worker]))
+            mine = frozenset([worker])
+            # One that was slow a moment ago is better than nobody.
+            instead = self._cover(state, cells, mine) or cover(cells, state.serving, avoid=mine, turn=self._turn)
             return asyncio.gather(*(ask(other) for other in instead)) if instead else None
 
         return await self._ask_or(op, worker, one, others)
@@ -231,7 +309,12 @@ class Router:
     ) -> T:
         pace = self._paces.setdefault(op, Pace())
         began = time.monotonic()
-        answer, by_others = await hedged(lambda: ask(worker), others, pace.patience, pace.may_hedge)
+
+        def may_hedge() -> bool:
+            # A worker that is busy answers others meanwhile; one that hangs, nobody: all that wait for it must go on.
+            return time.monotonic() - self._heard.get(worker, 0.0) >= pace.patience or pace.may_hedge()
+
+        answer, by_others = await hedged(lambda: ask(worker), others, pace.patience, may_hedge)
         if by_others:
             self._avoid[worker] = time.monotonic() + _AVOID
         else:
@@ -309,7 +392,9 @@ class Router:
 
     async def _ask(self, worker: str, *, op: str, until: float, **message: Any) -> dict[str, Any]:
         try:
-            return await self._call(worker, op, deadline=max(0.001, until - time.monotonic()), **message)
+            answer = await self._call(worker, op, deadline=max(0.001, until - time.monotonic()), **message)
+            self._heard[worker] = time.monotonic()
+            return answer
         except StaleEpoch:
             raise
         except ClusterError:

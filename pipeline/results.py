@@ -16,7 +16,7 @@ from headrace.gpu.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Bounded", "Consistency", "Hit", "Hits", "Row", "Rows", "Verification", "Write", "bounded"]
+__all__ = ["Bounded", "Consistency", "Difference", "Hit", "Hits", "Row", "Rows", "Verification", "Write", "bounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +118,49 @@ class Hits(list[Hit]):
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """An id about which the copies differ.
+
+    Attributes
+    ----------
+    id : str or int
+    cell : int or None
+        Of its row, as far as the copies can tell; None where the highest version is a deletion.
+    copies : dict of str to str
+        Worker to what is wrong there: it lacks the row, has another version, has a row too many. The highest version
+        that any copy knows is taken for the right one; only the log, which a repair asks, may know better.
+    """
+
+    id: str | int
+    cell: int | None
+    copies: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """Whether all copies hold the same rows at the same versions.
 
     Attributes
     ----------
     ok : bool
+        They do: from the first, or now that they have been repaired.
     cells, copies : int
         What was compared.
     differences : list of str
-        One sentence for each cell whose copies differ.
+        One sentence for each cell whose copies differ, after a repair for what is left of it; or why they could not be
+        compared.
+    ids : list of Difference
+        What was found, repaired or not: the first 100.
+    differing : int
+        How many ids were found to differ.
+    repaired : int
+        How many of them do not any more.
     """
 
     ok: bool
     cells: int
     copies: int
     differences: list[str] = field(default_factory=list)
+    ids: list[Difference] = field(default_factory=list)
+    differing: int = 0
+    repaired: int = 0

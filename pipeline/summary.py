@@ -37,6 +37,8 @@ def summarise(
             f"{', '.join(sorted(full))} reached store.memory-limit: records wait in Kafka; add a worker or raise "
             "the limit"
         )
+    if mortal := {str(why) for worker in workers if (why := worker.get("ends_with_scheduler"))}:
+        notes.append(f"workers end when the scheduler does: {', '.join(sorted(mortal))}")
     sizes: dict[int, int] = {}
     for worker in workers:
         for cell, rows in worker.get("cell_sizes", ()):
@@ -71,7 +73,7 @@ def summarise(
 
 
 def _worker(worker: Mapping[str, Any], state: CollectionState) -> dict[str, Any]:
-    shown = {name: value for name, value in worker.items() if name != "cell_sizes"}
+    shown = {name: value for name, value in worker.items() if name not in ("cell_sizes", "ends_with_scheduler")}
     if worker["address"] in state.leaving and "rows" in worker:
         shown["state"] = "draining" if worker["rows"] else "drained"
     if "watermarks" in shown:

@@ -131,9 +131,12 @@ def search(index: Any, queries: _Floats, k: int, params: Any) -> tuple[_Floats, 
 
     A single query stays on its thread: waking a team for it costs more than it saves, and stalls where cores are busy.
     """
-    if len(queries) == 1:
-        with openmp(1):
+    if len(queries) == 1 and (threads := faiss.omp_get_max_threads()) > 1:
+        faiss.omp_set_num_threads(1)
+        try:
             scores, rows = index.search(queries, k, params=params)
+        finally:
+            faiss.omp_set_num_threads(threads)
     else:
         scores, rows = index.search(queries, k, params=params)
     if rows[:, -1].min() < 0:

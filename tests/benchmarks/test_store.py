@@ -146,6 +146,7 @@ def test_arguments_that_cannot_be_are_refused(wrong: list[str], capsys: pytest.C
     assert wrong[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "store.json"
     began = time.process_time()

@@ -53,7 +53,7 @@ class Played:
             case "train":
                 centroids = np.eye(message["cells"], 2, dtype=np.float32)
                 return {"centroids": floats_to_wire(centroids), "rows": self.rows}
-            case "reset" | "watermarks":
+            case "reset" | "watermarks" | "told":
                 return {}
         raise AssertionError(f"{op} is nothing that a coordinator asks")
 
@@ -455,3 +455,66 @@ class TestBalance:
                 assert len(played.times("move")) == before
         finally:
             await coordinator.close()
+
+
+async def test_who_joined_knows_that_it_is_complete_before_others_drop_rows() -> None:
+    played = Played()
+    async with running(played, A, B) as coordinator:
+        coordinator.worker_joined(C)
+        await until(settled(coordinator, A, B, C), "joined")
+        last = [address for address, op, _ in played.asked if op == "state"][-3:]
+    assert last[0] == C
+    assert set(last) == {A, B, C}
+
+
+class TestResuming:
+    @staticmethod
+    @asynccontextmanager
+    async def resumed(
+        played: Played, state: CollectionState, live: set[str], incomplete: set[str]
+    ) -> AsyncIterator[Coordinator]:
+        coordinator = Coordinator(state.spec, played.call, QUICK)
+        coordinator.state = state
+        coordinator.resume(live, incomplete)
+        try:
+            await asyncio.wait_for(coordinator.ready.wait(), 5.0)
+            yield coordinator
+        finally:
+            await coordinator.close()
+
+    @staticmethod
+    async def before(*live: str) -> CollectionState:
+        async with running(Played(), *live) as coordinator:
+            return coordinator.state.with_(epoch=50)
+
+    async def test_everybody_is_told_though_nothing_has_changed(self) -> None:
+        state, played = await self.before(A, B), Played()
+        async with self.resumed(played, state, {A, B}, set()) as coordinator:
+            assert coordinator.state == state
+            assert [s.epoch for s in played.states(A)] == [s.epoch for s in played.states(B)] == [50]
+            assert not played.times("reset")
+
+    async def test_who_has_not_returned_is_lost(self) -> None:
+        state, played = await self.before(A, B), Played()
+        async with self.resumed(played, state, {A}, set()) as coordinator:
+            assert dict(coordinator.state.members) == {A: "active"}
+            assert coordinator.state.epoch > 50
+            assert coordinator.state.incarnation == 0
+
+    async def test_who_lacks_rows_is_wiped_and_joins(self) -> None:
+        state, played = await self.before(A, B), Played()
+        async with self.resumed(played, state, {A, B}, {B}) as coordinator:
+            await until(settled(coordinator, A, B), "both active again")
+            assert played.times("reset") == [B]
+            assert coordinator.state.incarnation == 0
+
+    async def test_what_has_no_epoch_is_told_to_the_workers(self) -> None:
+        played = Played()
+        async with running(played, A, B) as coordinator:
+            await coordinator.learn({"price": "float"})
+            assert sorted(played.times("told")) == [A, B]
+            coordinator.alarm("the log was cut")
+            await until(lambda: len(played.times("told")) == 4, "told of the alarm")
+        told = [message for _, op, message in played.asked if op == "told"]
+        assert told[0]["schema"] == {"price": "float"}
+        assert told[-1]["alarms"] == ["the log was cut"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,9 +10,25 @@ from typing import Any
 import pytest
 
 import headrace
+from benchmarks.fault_scenes import Scene
 from headrace.pipeline.client import Collection, Database
 
+log = logging.getLogger("tests.faults")
+
 Quiet = Callable[..., dict[str, Any]]
+Kept = Callable[[Scene], None]
+
+
+@pytest.fixture
+def kept() -> Kept:
+    """Every promise of a scene was kept; its figures go into the log, whatever they are."""
+
+    def check(scene: Scene) -> None:
+        for name, figure in scene.figures.items():
+            log.info("%s: %s: %s", scene.fault, name, figure)
+        assert not scene.broken, "; ".join(scene.broken)
+
+    return check
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,13 @@ def test_a_higher_target_never_takes_less_effort(calibration: Calibration, one: 
 @given(CALIBRATIONS, st.floats(0.01, 1))
 def test_the_effort_is_the_least_that_reached_the_target(calibration: Calibration, target: float) -> None:
     effort = calibration.effort(target)
-    reached = [tried for tried, recall in calibration.pairs if recall >= target]
-    assert effort == (reached[0] if reached else calibration.pairs[-1][0])
+    (first, _), (last, most) = calibration.pairs[0], calibration.pairs[-1]
+    assert first <= effort <= last
+    if target > most:
+        assert effort == last
+    else:
+        assert calibration.recall(effort) >= target - 1e-9
+        assert effort == first or calibration.recall(effort - 1) < target
 
 
 @given(CALIBRATIONS, st.integers(0, 3000), st.integers(0, 3000))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.gpu.errors import ConfigError
-from headrace.gpu.merge import MergePolicy, SegmentSize, plan
+from headrace.gpu.merge import MergePolicy, SegmentSize, plan, settle
 
 POLICY = MergePolicy(fan_in=3, tier=4.0, floor_rows=1, dead_share=0.3, max_rows=1000)
 
@@ -109,3 +109,16 @@ def test_maintenance_comes_to_an_end(
     assert sum(size.live for size in sizes) == live
     assert not any(size.frozen for size in sizes)
     assert all((size.rows - size.live) / size.rows <= policy.dead_share for size in sizes)
+
+
+def test_a_store_that_rests_becomes_one_segment() -> None:
+    policy = MergePolicy(floor_rows=100, max_rows=1000)
+    assert settle(full(500, 20, 1), policy) == [0, 1, 2]
+    assert settle(full(500), policy) == [], "it is one already"
+    assert settle(frozen(500), policy) == [0], "one without an index"
+    assert settle(frozen(99), policy) == [], "too few for an index"
+    assert settle(full(10, 20), policy) == []
+    assert settle(full(600, 500), policy) == [], "too many for one segment"
+    assert settle(full(500, 20), policy, room=5199) == [], "too large a job"
+    assert settle(full(500, 20), policy, room=5200) == [0, 1]
+    assert settle([], policy) == []

@@ -368,7 +368,7 @@ class TestReads:
         store.search(query, 3)
         for target in (0.4, 0.99, 1.0):
             store.search(query, 3, recall_target=target)
-        assert efforts == [32, 16, 64, 64]
+        assert efforts == [32, 16, 57, 64]
 
     def test_fewer_rows_than_asked_for(self, numbers: Store) -> None:
         store = numbers
@@ -687,6 +687,52 @@ def run_together(seconds: float, *jobs: Callable[[], None]) -> None:
         thread.join()
     if failed:
         raise failed[0]
+
+
+class TestSettling:
+    def test_everything_becomes_one_segment(self, backend: Backend, kind: str) -> None:
+        store = store_of(backend, kind=kind)
+        put(store, *({"id": number, "offset": number} for number in range(100)))
+        finish(store)
+        put(store, *({"id": number, "offset": number} for number in range(100, 150)))
+        put(store, {"id": 3, "offset": 200, "cell": DELETED, "action": Action.DROP})
+        finish(store)
+        assert len([part for part in store.view.segments if part.live]) > 1
+        assert store.maintain(settle=True)
+        (part,) = [part for part in store.view.segments if len(part.alive)]
+        assert isinstance(part.segment, Sealed)
+        assert part.live == store.view.rows == 149
+        assert sorted(row.id for rows in store.scan() for row in rows) == [n for n in range(150) if n != 3]
+        assert not store.maintain(settle=True), "it would be built again and again"
+        put(store, {"id": 3, "offset": 300})
+        assert [row and row.offset for row in store.get([3, 4])[0]] == [300, 4]
+
+    def test_it_waits_for_a_rest(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        store = store_of(backend, settings=replace(SMALL, settle_after=10.0))
+        put(store, *({"id": number, "offset": number} for number in range(50)))
+        now = 1009.0
+        assert not store.wants_maintenance()
+        put(store, {"id": 7, "offset": 100})
+        now = 1018.0
+        assert not store.wants_maintenance(), "it was written to 9 s ago"
+        store.stamp({0: 500})  # records of other cells
+        now = 1020.0
+        assert store.wants_maintenance()
+
+    def test_it_waits_for_as_long_as_the_merge_would_take(
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(maintenance, "_SECONDS_PER_ROW", 2.0)
+        now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        store = store_of(backend, settings=replace(SMALL, settle_after=10.0))
+        put(store, *({"id": number, "offset": number} for number in range(50)))
+        now = 1099.0
+        assert not store.wants_maintenance()
+        now = 1101.0
+        assert store.wants_maintenance()
 
 
 class TestNothingBlinks:

@@ -41,7 +41,8 @@ def sentence(capture: Capture) -> str:
 
 
 def test_the_commands_are_there() -> None:
-    assert COMMANDS == ["bench", "create", "demo", "drain", "drop", "ingest", "produce", "search", "status", "up"]
+    known = "bench create demo drain drop ingest produce scheduler search status up verify worker"
+    assert known.split() == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -133,10 +134,10 @@ def test_a_port_that_is_taken(capsys: Capture) -> None:
 
 
 def test_the_dashboard_listens_where_the_scheduler_does() -> None:
-    from headrace.pipeline.cli_cluster import _on
+    from headrace.pipeline.cli_processes import on
 
-    assert _on("127.0.0.1", ":8787") == "127.0.0.1:8787"
-    assert _on("127.0.0.1", "10.0.0.1:80") == "10.0.0.1:80"
+    assert on("127.0.0.1", ":8787") == "127.0.0.1:8787"
+    assert on("127.0.0.1", "10.0.0.1:80") == "10.0.0.1:80"
 
 
 # -- produce -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from headrace.gpu.errors import ClusterError, ConsistencyTimeout
+from headrace.gpu.errors import ClusterError, ConsistencyTimeout, StaleEpoch
 from headrace.pipeline.hedging import Pace, hedged
 
 FOREVER = 60.0
@@ -95,6 +95,16 @@ async def test_what_another_copy_would_say_too_is_not_asked_again() -> None:
     with pytest.raises(ConsistencyTimeout):
         await hedged(copies.answering("a", 0, late), copies.answering("b", 0), 0.01, lambda: True)
     assert copies.asked == ["a"]
+
+
+@pytest.mark.parametrize("newer", ["first", "second"])
+async def test_a_newer_placement_is_fetched_before_anybody_is_waited_for(newer: str) -> None:
+    """Found by stopping a worker: those that were told of the newer placement went on to ask the one that hung."""
+    copies, stale = Copies(), StaleEpoch("newer")
+    told, hangs = copies.answering("a", 0, stale), copies.answering("b", FOREVER)
+    first, second = (told, hangs) if newer == "first" else (hangs, told)
+    with pytest.raises(StaleEpoch):
+        await asyncio.wait_for(hedged(first, second, 0.01, lambda: True), 1.0)
 
 
 async def test_nobody_else_to_ask() -> None:

@@ -1,0 +1,170 @@
+"""The commands that run a cluster's processes: ``up``, ``scheduler``, ``worker``."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+
+import click
+
+from headrace.gpu.errors import ClusterError
+from headrace.pipeline.cli_common import Command
+
+__all__ = ["scheduler", "up", "worker"]
+
+_START_SECONDS = 60.0
+
+host_option = click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; others than this machine need TLS."
+)
+port_option = click.option(
+    "--port", default=8786, show_default=True, type=click.IntRange(0, 65535), help="The scheduler's port."
+)
+dashboard_option = click.option(
+    "--dashboard", default=":8787", show_default=True, help="Where the Dask dashboard listens."
+)
+backend_option = click.option(
+    "--backend", default=None, type=click.Choice(["auto", "host", "rapids"]), help="[default: as configured]"
+)
+parent_option = click.option("--end-with-parent", is_flag=True, hidden=True)
+
+
+@click.command(cls=Command, short_help="Run a cluster on this machine.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Worker processes.")
+@host_option
+@port_option
+@dashboard_option
+@backend_option
+def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) -> None:
+    """Run a cluster on this machine until Ctrl-C. Processes that die are started again, the scheduler too.
+
+    \b
+    Examples:
+      headrace up
+      headrace up --workers 4 --port 9786 --dashboard :9787
+    """
+    import headrace
+    from headrace.pipeline.launch import check_host
+    from headrace.pipeline.processes import Child
+
+    check_host(host)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    port = _free_port(host, port)
+    where = ["--host", host, "--port", str(port), "--dashboard", on(host, dashboard), "--workers", str(workers)]
+    children = [Child(["scheduler", *where, *(["--backend", backend] if backend else [])])]
+    try:
+        _until_listening(host, port, children[0], stop)
+        children[0].keep()
+        with headrace.connect(_address(host, port), timeout=_START_SECONDS) as database:
+            children.append(Child(["worker", database.address, "--workers", str(workers), "--host", host]))
+            children[1].keep()
+            until = time.monotonic() + _START_SECONDS
+            while len(database.workers) < workers and time.monotonic() < until and not stop.wait(0.1):
+                pass
+            click.echo(f"scheduler  {database.address}")
+            click.echo(f"dashboard  {database.dashboard}")
+            click.echo(f'connect    headrace.connect("{database.address}")')
+            click.echo("Ctrl-C stops it")
+            stop.wait()
+            click.echo("stopping", err=True)
+            database.end_cluster()
+    finally:
+        for child in reversed(children):
+            child.stop()
+
+
+@click.command(cls=Command, short_help="Run a cluster's scheduler.")
+@host_option
+@port_option
+@dashboard_option
+@backend_option
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Worker processes on each machine: they share its cores.",
+)
+@parent_option
+def scheduler(host: str, port: int, dashboard: str, backend: str | None, workers: int, end_with_parent: bool) -> None:
+    """Run a cluster's scheduler until Ctrl-C; workers are started with `headrace worker`, here or on other machines.
+
+    If it dies, start it again at the same address: workers stay up and answer, and return to it with all they know.
+
+    \b
+    Examples:
+      headrace scheduler
+      headrace scheduler --port 9786 --dashboard :9787
+    """
+    from headrace.pipeline import processes
+
+    def ready(address: str) -> None:
+        click.echo(f"scheduler  {address}")
+        click.echo(f"workers    headrace worker {address}")
+        click.echo(f'connect    headrace.connect("{address}")')
+
+    if end_with_parent:
+        processes.end_with_parent()
+    asyncio.run(processes.run_scheduler(host, port, on(host, dashboard), backend, workers, ready))
+
+
+@click.command(cls=Command, short_help="Run workers of a cluster.")
+@click.argument("address")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Worker processes.")
+@host_option
+@parent_option
+def worker(address: str, workers: int, host: str, end_with_parent: bool) -> None:
+    """Run workers for the scheduler at ADDRESS until Ctrl-C; those that die are started again.
+
+    \b
+    Examples:
+      headrace worker tcp://127.0.0.1:8786
+      headrace worker tcp://127.0.0.1:8786 --workers 4
+    """
+    from headrace.pipeline import processes
+
+    if end_with_parent:
+        processes.end_with_parent()
+    asyncio.run(processes.run_workers(address, workers, host))
+
+
+def on(host: str, dashboard: str) -> str:
+    """A bare ``:port`` would listen on every network; the dashboard can do what the scheduler can."""
+    return f"{host}{dashboard}" if dashboard.startswith(":") else dashboard
+
+
+def _address(host: str, port: int) -> str:
+    import dask
+
+    scheme = "tls" if dask.config.get("distributed.comm.require-encryption", None) else "tcp"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Dask would say only that its scheduler did not start."""
+    try:
+        # As the scheduler will: a connection that has just ended does not hold the port.
+        with socket.create_server((host, port)) as server:
+            return int(server.getsockname()[1])
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (")[0]
+        raise ClusterError(f"nothing can listen at {host}:{port} ({why}): choose another port with --port") from error
+
+
+def _until_listening(host: str, port: int, child: object, stop: threading.Event) -> None:
+    until = time.monotonic() + _START_SECONDS
+    while not stop.is_set():
+        try:
+            with socket.create_connection((host, port), timeout=1.0):
+                return
+        except OSError as error:
+            if getattr(child, "ended", False):
+                raise ClusterError("the scheduler's process ended: its words are above") from error
+            if time.monotonic() > until:
+                raise ClusterError(f"no scheduler listened at {host}:{port} after {_START_SECONDS:g} s") from error
+        time.sleep(0.05)

@@ -1,0 +1,149 @@
+"""What a client's reads wait for, and what not: with a scheduler and workers that are only played."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
+from headrace.gpu.errors import ClusterError, CollectionNotFound
+from headrace.pipeline import reads
+from headrace.pipeline.reads import Router
+
+A, B = "tcp://10.0.0.1:4000", "tcp://10.0.0.2:4000"
+FOREVER = 60.0
+
+
+class Cluster:
+    """Two workers that hold everything; `hangs` never answer, and the scheduler may take its time."""
+
+    def __init__(self) -> None:
+        self.state = self.of(A, B)
+        self.hangs: set[str] = set()
+        self.asked: list[tuple[str, str]] = []
+        self.dropped = False
+
+    @staticmethod
+    def of(*workers: str, epoch: int = 3) -> CollectionState:
+        return CollectionState(
+            CollectionSpec("docs", 2),
+            first_codebook(2),
+            epoch=epoch,
+            members=dict.fromkeys(workers, "active"),
+            copies={0: workers},
+            serving={0: workers},
+        )
+
+    async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        self.asked.append((address, op))
+        if address in self.hangs:
+            await asyncio.sleep(min(deadline, FOREVER))
+            raise ClusterError(f"{address} did not answer {op!r}")
+        if op != "describe":
+            return {"from": address}
+        if self.dropped:
+            raise CollectionNotFound("there is no collection 'docs'")
+        wire = None if message["epoch"] == self.state.epoch else self.state.to_wire()
+        return {"state": wire, "schema": {}, "alarms": []}
+
+    def router(self) -> Router:
+        return Router("docs", self.call, "scheduler")
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the state that a router knows grow old without waiting."""
+    ahead = 0.0
+    real = time.monotonic
+
+    def go(seconds: float) -> None:
+        nonlocal ahead
+        ahead += seconds
+
+    monkeypatch.setattr(reads.time, "monotonic", lambda: real() + ahead)
+    return go
+
+
+async def test_a_read_does_not_wait_for_the_scheduler(later: Callable[[float], None]) -> None:
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.hangs.add("scheduler")
+    later(5.0)
+    answers = await asyncio.wait_for(asyncio.gather(*(router.ask_cover("get", 5.0, {}) for _ in range(3))), 0.5)
+    assert {answer["from"] for (answer,) in answers} == {A, B}
+    await asyncio.sleep(0)
+    assert cluster.asked.count(("scheduler", "describe")) == 2, "one look for all of them"
+    router.close()
+
+
+async def test_what_has_changed_is_known_to_the_next_read(later: Callable[[float], None]) -> None:
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.state = cluster.of(B, epoch=4)
+    later(5.0)
+    await router.ask_cover("get", 5.0, {})
+    await asyncio.sleep(0.01)
+    assert (await router.known()).active == (B,)
+
+
+async def test_a_collection_that_was_dropped_is_said_to_be(later: Callable[[float], None]) -> None:
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.dropped = True
+    later(5.0)
+    await router.known()
+    await asyncio.sleep(0.01)
+    with pytest.raises(CollectionNotFound, match="there is no collection"):
+        await router.known()
+
+
+async def test_who_waits_for_all_copies_does_not_wait_for_one_that_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reads, "_STATE_AGE", 0.02)
+    cluster = Cluster()
+    router = cluster.router()
+    cluster.hangs.add(A)
+    waiting = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
+    await asyncio.sleep(0.1)
+    assert not waiting.done(), "it is a copy that is read"
+    cluster.state = cluster.of(B, epoch=4)
+    await asyncio.wait_for(waiting, 2.0)
+
+
+async def test_all_that_wait_for_a_worker_that_hangs_go_on_with_another() -> None:
+    """However many they are, and whatever the other one was like a moment ago."""
+    cluster = Cluster()
+    router = cluster.router()
+    await router.ask_cover("get", 5.0, {})
+    router._avoid = {A: time.monotonic() + FOREVER, B: time.monotonic() + FOREVER}
+    cluster.hangs.add(A)
+    reads = asyncio.gather(*(router.ask_cover("get", 5.0, {}) for _ in range(100)))
+    answers = await asyncio.wait_for(reads, 2.0)
+    assert {answer["from"] for (answer,) in answers} == {B}
+
+
+async def test_copies_that_are_busy_are_not_asked_twice_by_everybody() -> None:
+    """All are slow and all answer: twice the questions would only make it worse."""
+    cluster = Cluster()
+    router = cluster.router()
+    await router.ask_cover("get", 5.0, {})
+    line = asyncio.Lock()
+
+    async def busy(address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        cluster.asked.append((address, op))
+        async with line:
+            await asyncio.sleep(0.002)
+        return {"from": address}
+
+    router._call = busy
+    cluster.asked.clear()
+    await asyncio.gather(*(router.ask_cover("get", 30.0, {}) for _ in range(200)))
+    assert len(cluster.asked) < 250
