@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.protocol.pickle import dumps
+from distributed.threadpoolexecutor import ThreadPoolExecutor as DaemonThreads
 
 from headrace.cluster.calls import answering, call
 from headrace.cluster.comparing import Comparing
@@ -114,7 +115,8 @@ class WorkerNode(Comparing, WorkerPlugin):
         # Threads of their own: a scan or a digest never stands in a search's way.
         self._searchers = ThreadPoolExecutor(self._gather_settings.at_once, thread_name_prefix="headrace-search")
         self._gatherer = Gatherer(self._searched, self._gather_settings)
-        self._builders = ThreadPoolExecutor(1, thread_name_prefix="headrace-build", initializer=_step_back)
+        # Dask's threads are daemons: a worker that is to end does not wait for an index that nobody will need.
+        self._builders = DaemonThreads(1, thread_name_prefix="headrace-build")  # type: ignore[no-untyped-call]
         self._building: set[str] = set()
         self._scans: dict[str, Any] = {}
         self._tidying = asyncio.get_running_loop().create_task(self._tidy(), name="headrace-tidy")
@@ -153,7 +155,7 @@ class WorkerNode(Comparing, WorkerPlugin):
             await self.release(name)
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._searchers.shutdown(wait=False, cancel_futures=True)
-        self._builders.shutdown(wait=False, cancel_futures=True)
+        self._builders.shutdown(wait=False)  # type: ignore[no-untyped-call]
 
     # -- for subclasses ------------------------------------------------------------------------------------------------
 
@@ -194,7 +196,7 @@ class WorkerNode(Comparing, WorkerPlugin):
         if name in self._building or not replica.store.wants_maintenance():
             return
         self._building.add(name)
-        done = asyncio.get_running_loop().run_in_executor(self._builders, replica.store.maintain)
+        done = asyncio.get_running_loop().run_in_executor(self._builders, _stepping_back, replica.store.maintain)
 
         def finished(future: asyncio.Future[bool]) -> None:
             self._building.discard(name)
@@ -428,7 +430,7 @@ class WorkerNode(Comparing, WorkerPlugin):
             trained = backend.kmeans.train(backend.xp.asarray(sample), cells, seed=0, iterations=iterations)
             return trained.get() if hasattr(trained, "get") else trained, len(sample)
 
-        centroids, rows = await asyncio.get_running_loop().run_in_executor(self._builders, train)
+        centroids, rows = await asyncio.get_running_loop().run_in_executor(self._builders, _stepping_back, train)
         return {"centroids": floats_to_wire(centroids), "rows": rows}
 
 
@@ -458,7 +460,8 @@ class _Sought:
         ]
 
 
-def _step_back() -> None:
-    """Let this thread use only the processor time that applies and searches leave (Linux counts niceness by thread)."""
+def _stepping_back(work: Callable[[], T]) -> T:
+    """Do something with only the processor time that applies and searches leave (Linux counts niceness by thread)."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    return work()

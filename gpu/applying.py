@@ -19,6 +19,10 @@ __all__ = ["Decision", "Known", "decide"]
 _Ints = npt.NDArray[np.int64]
 
 
+_NONE: _Ints = np.empty(0, dtype=np.int64)
+_DROP, _KEEP, _HOLD = (int(action) for action in (Action.DROP, Action.KEEP, Action.HOLD))
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """What a store knows about the ids of a batch.
@@ -76,12 +80,14 @@ def decide(batch: Batch, known: Known) -> Decision:
     known : Known
     """
     heard = known.live | known.remembered
+    if batch.instead is None and not heard.any():
+        return _all_new(batch)
     order, crossed = compare(Versions(batch.topic_partitions, batch.offsets, batch.timestamps), known.versions)
     if batch.instead is not None:
         same_place = known.versions.topic_partitions == batch.instead.topic_partitions
         order = np.where(same_place & (known.versions.offsets == batch.instead.offsets), 1, order)
     order = np.where(heard, order, 1)
-    drop, keep, hold = (batch.actions == action for action in (Action.DROP, Action.KEEP, Action.HOLD))
+    drop, keep, hold = (batch.actions == action for action in (_DROP, _KEEP, _HOLD))
     same_row = (order == 0) & known.live & ~drop
     acts = (order >= 0) & ~same_row & ~keep
     insert = np.flatnonzero(acts & hold)
@@ -97,3 +103,15 @@ def decide(batch: Batch, known: Known) -> Decision:
         missing=np.flatnonzero((order >= 0) & ~same_row & keep),
         foreign=int(np.count_nonzero(crossed & heard)),
     )
+
+
+def _all_new(batch: Batch) -> Decision:
+    """What `decide` says of ids that nobody has heard of: most batches, and small ones come often."""
+    hold = batch.actions == _HOLD
+    if hold.all():
+        insert = vector_rows = np.arange(len(batch))
+        remember = missing = _NONE
+    else:
+        insert, vector_rows = np.flatnonzero(hold), np.arange(len(batch.vectors))
+        remember, missing = np.flatnonzero(batch.actions == _DROP), np.flatnonzero(batch.actions == _KEEP)
+    return Decision(_NONE, _NONE, insert, vector_rows, _NONE, remember, _NONE, missing, 0)

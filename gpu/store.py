@@ -31,6 +31,7 @@ from headrace.gpu.table import Table
 
 __all__ = ["Applied", "Found", "Store", "StoreSettings", "StoredRow", "View"]
 
+_HOLD = int(Action.HOLD)
 _PER_ID = 64
 _PER_VALUE = 32
 
@@ -133,7 +134,7 @@ class Store:
         return Applied(len(decision.insert), len(decision.kill), decision.foreign, tuple(decision.missing.tolist()))
 
     def _check(self, batch: Batch) -> None:
-        held = int(np.count_nonzero(batch.actions == Action.HOLD))
+        held = int(np.count_nonzero(batch.actions == _HOLD))
         if len(batch.vectors) != held or (held and batch.vectors.shape[1:] != (self.dim,)):
             raise ValueError(f"vectors have shape {batch.vectors.shape}: {held} rows to hold need ({held}, {self.dim})")
         if self.index.dtype == "float16" and held:

@@ -89,6 +89,9 @@ class Table:
         entries, places = self.directory.find(hashes, ids)
         versions = Versions.unknown(len(ids))
         heard = np.flatnonzero(places >= 0)
+        if not len(heard):
+            nothing = np.zeros(len(ids), dtype=np.bool_)
+            return entries, places, Known(nothing, nothing, versions)
         for serial, positions in by_segment(places[heard]):
             at = heard[positions]
             versions.put(at, self._versions_of(serial, rows_of(places[at])))
@@ -127,10 +130,10 @@ class Table:
         self.changed_at = time.monotonic()
         versions = Versions(batch.topic_partitions, batch.offsets, batch.timestamps)
         new = self._insert(decision, batch, hashes, versions) if len(decision.insert) else None
-        for serial, positions in by_segment(places[decision.relabel]):
+        for serial, positions in by_segment(places[decision.relabel]) if len(decision.relabel) else ():
             at = decision.relabel[positions]
             self.parts[serial].marks.relabel(rows_of(places[at]), batch.cells[at])
-        for serial, positions in by_segment(places[decision.kill]):
+        for serial, positions in by_segment(places[decision.kill]) if len(decision.kill) else ():
             self.parts[serial].marks.kill(rows_of(places[decision.kill[positions]]))
         if len(decision.renew):
             self.remembered.renew(rows_of(places[decision.renew]), versions.take(decision.renew))
