@@ -9,6 +9,8 @@ from confluent_kafka import KafkaError, Message
 
 __all__ = ["Delivered", "Flight"]
 
+_GIVEN_UP = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
+
 
 @dataclass(frozen=True)
 class Delivered:
@@ -32,10 +34,16 @@ class Flight:
     """Records on their way that somebody waits for together.
 
     `arrived` is called on whichever thread polls the producer, so all of it is behind `lock`.
+
+    Parameters
+    ----------
+    dropped : list of bytes or None
+        Where the keys of records go that the producer gave up (`Producer.purge`): one list for all of its flights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: list[bytes | None]) -> None:
         self.lock = threading.Lock()
+        self._dropped = dropped
         self.waiting = 0
         self.acks: list[tuple[bytes | None, int, int]] = []
         self.failed: list[tuple[bytes | None, KafkaError]] = []
@@ -52,6 +60,8 @@ class Flight:
             self.waiting -= 1
             if error is not None:
                 self.failed.append((key, error))
+                if error.code() in _GIVEN_UP:
+                    self._dropped.append(key)
             else:
                 self.acks.append((key, -1 if partition is None else partition, -1 if offset is None else offset))
 

@@ -107,7 +107,8 @@ class RecordProducer:
         if config["acks"] == "0":
             raise ConfigError("acks='0' acknowledges nothing, so nothing could be waited for: use '1' or 'all'")
         self._polling = threading.Lock()
-        self._sent = Flight()
+        self._dropped: list[bytes | None] = []
+        self._sent = Flight(self._dropped)
         self._swap = threading.Lock()
         try:
             self._producer = Producer(config, logger=KafkaLog())
@@ -162,14 +163,14 @@ class RecordProducer:
             Either way the next flush begins anew.
         """
         with self._swap:
-            flight, self._sent = self._sent, Flight()
+            flight, self._sent = self._sent, Flight(self._dropped)
         return self._wait(flight, deadline)
 
     def write(
         self, records: Iterable[tuple[bytes | None, bytes | None, Headers | None]], deadline: float = 10.0
     ) -> Delivered:
         """Send ``(key, value, headers)`` records and wait for just these; raises as `send` and `flush`."""
-        flight = Flight()
+        flight = Flight(self._dropped)
         rows = list(records)
         for record in rows:
             self.check_size(*record)
@@ -180,10 +181,13 @@ class RecordProducer:
 
     def close(self, deadline: float = 5.0) -> None:
         """Give what is still queued `deadline` seconds, then drop it."""
-        if left := self._producer.flush(deadline):
-            log.warning("%d records for topic %s were dropped: %s did not answer", left, self.topic, self.bootstrap)
-            self._producer.purge()
-            self._producer.flush(1.0)
+        if not self._producer.flush(deadline):
+            return
+        # What is left may be librdkafka's own events: the purged records' callbacks tell how many were records.
+        self._producer.purge()
+        self._producer.flush(1.0)
+        if dropped := len(self._dropped):
+            log.warning("%d records for topic %s were dropped: %s did not answer", dropped, self.topic, self.bootstrap)
 
     def __enter__(self) -> RecordProducer:
         return self
