@@ -42,7 +42,9 @@ async def call(pool: Any, address: str, op: str, /, *, deadline: float, **messag
         Whatever the handler raised, as the same class.
     """
     try:
-        answer = await asyncio.wait_for(getattr(pool(address), f"headrace_{op}")(**message), deadline)
+        # Not `wait_for`: on Python 3.11 it makes a task, and what is sent would wait for the loop's next turn.
+        async with asyncio.timeout(deadline):
+            answer = await getattr(pool(address), f"headrace_{op}")(**message)
     except TimeoutError as error:
         raise ClusterError(f"{address} did not answer '{op}' within {deadline:g} s") from error
     except (OSError, RuntimeError) as error:  # distributed's CommClosedError; a pool that is closed already

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from headrace.cluster.calls import Call
 from headrace.cluster.fanout import Header, LocalApply, fan_out, held_by
+from headrace.cluster.routing import Router
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
 from headrace.gpu.errors import ClusterError, StoreFull
@@ -26,10 +27,8 @@ def header_of_rows(rows: Sequence[StoredRow], state: CollectionState, backend: B
     vectors = np.stack([row.vector for row in rows if row.vector is not None])
     cells = np.array([row.cell for row in rows], dtype=np.int32)
     if state.previous is not None:
-        labels, _ = backend.kmeans.assign(backend.xp.asarray(vectors), backend.xp.asarray(state.codebook.centroids))
-        labels = labels.get() if hasattr(labels, "get") else labels
         old = np.isin(cells, list(state.previous.cells))
-        cells = np.where(old, labels + state.codebook.first, cells).astype(np.int32)
+        cells = np.where(old, Router(state.codebook, backend).cells(vectors), cells)
     names = {name for row in rows for name in row.attributes}
     return Header(
         ids=[row.id for row in rows],

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from headrace.gpu.errors import BackendError
 from headrace.gpu.index_spec import KINDS, BuildParams
+from headrace.gpu.nearest import Nearest
 
 __all__ = [
     "METRICS",
@@ -113,6 +114,9 @@ class KMeans(Protocol):
         distances : float32 (n,)
             Squared.
         """
+
+    def nearest(self, centroids: Array) -> Nearest:
+        """The same for centroids that are asked often: see `headrace.gpu.nearest.Nearest`."""
 
 
 class Exact(Protocol):

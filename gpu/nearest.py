@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from headrace.gpu.errors import BackendError
 
-__all__ = ["assign", "check_training", "train_few"]
+__all__ = ["Nearest", "assign", "check_training", "train_few"]
 
 Array = Any
 
 _MAX_DISTANCES = 1 << 22
 
 
-def assign(xp: ModuleType, vectors: Array, centroids: Array) -> tuple[Array, Array]:
-    """Nearest centroid of each vector: labels int32 (n,) and squared distances float32 (n,).
+class Nearest:
+    """Centroids made ready for being asked again and again, as ingesting small batches does.
 
     A vector's label does not depend on its neighbours in the batch: two copies that read the same record in different
     batches must put it into the same cell. Matrix products of different shapes differ in their last bits, so this
@@ -25,23 +26,52 @@ def assign(xp: ModuleType, vectors: Array, centroids: Array) -> tuple[Array, Arr
     ----------
     xp : module
         numpy or cupy.
-    vectors : float32 (n, dim)
     centroids : float32 (cells, dim)
+
+    Notes
+    -----
+    Immutable, so thread-safe. Takes 8 bytes for each number of the centroids.
     """
-    labels = xp.empty(len(vectors), dtype=xp.int32)
-    distances = xp.empty(len(vectors), dtype=xp.float32)
-    wide = centroids.astype(xp.float64)
-    lengths = xp.einsum("ij,ij->i", wide, wide)
-    step = max(1, _MAX_DISTANCES // len(centroids))
-    for start in range(0, len(vectors), step):
-        part = vectors[start : start + step].astype(xp.float64)
-        gaps = lengths - 2 * (part @ wide.T)
-        scale = xp.einsum("ij,ij->i", part, part) + lengths.max()
-        label = (gaps <= (gaps.min(axis=1) + 1e-12 * scale)[:, None]).argmax(axis=1)
-        labels[start : start + step] = label
-        gap = part - wide[label]
-        distances[start : start + step] = xp.einsum("ij,ij->i", gap, gap)
-    return labels, distances
+
+    def __init__(self, xp: ModuleType, centroids: Array) -> None:
+        self._xp = xp
+        self._wide = centroids.astype(xp.float64)
+        self._lengths = xp.einsum("ij,ij->i", self._wide, self._wide)
+        self._longest = self._lengths.max()
+
+    def labels(self, vectors: Array) -> Array:
+        """Nearest centroid of each vector, float32 (n, dim): int32 (n,)."""
+        labels = self._xp.empty(len(vectors), dtype=self._xp.int32)
+        for rows, part in self._pieces(vectors):
+            labels[rows] = self._label(part)
+        return labels
+
+    def assign(self, vectors: Array) -> tuple[Array, Array]:
+        """As `labels`, and squared distances float32 (n,)."""
+        xp = self._xp
+        labels = xp.empty(len(vectors), dtype=xp.int32)
+        distances = xp.empty(len(vectors), dtype=xp.float32)
+        for rows, part in self._pieces(vectors):
+            label = labels[rows] = self._label(part)
+            gap = part - self._wide[label]
+            distances[rows] = xp.einsum("ij,ij->i", gap, gap)
+        return labels, distances
+
+    def _pieces(self, vectors: Array) -> Iterator[tuple[slice, Array]]:
+        step = max(1, _MAX_DISTANCES // len(self._wide))
+        for start in range(0, len(vectors), step):
+            rows = slice(start, start + step)
+            yield rows, vectors[rows].astype(self._xp.float64)
+
+    def _label(self, part: Array) -> Array:
+        gaps = self._lengths - 2 * (part @ self._wide.T)
+        scale = self._xp.einsum("ij,ij->i", part, part) + self._longest
+        return (gaps <= (gaps.min(axis=1) + 1e-12 * scale)[:, None]).argmax(axis=1)
+
+
+def assign(xp: ModuleType, vectors: Array, centroids: Array) -> tuple[Array, Array]:
+    """Labels and squared distances of `vectors`, see `Nearest`; for centroids that are asked once."""
+    return Nearest(xp, centroids).assign(vectors)
 
 
 def check_training(sample: Array, cells: int, init: Array | None) -> None:

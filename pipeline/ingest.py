@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from headrace.cluster.fanout import Header, fan_out, part_for
 from headrace.cluster.replica import Replica
+from headrace.cluster.routing import Router
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
 from headrace.gpu.errors import ClusterError, EncoderError, HeadraceError, StaleEpoch, StoreFull
@@ -76,10 +77,8 @@ class MicroBatch:
             self.took[stage] = self.took.get(stage, 0.0) + time.perf_counter() - start
 
 
-def route(
-    raw: RawBatch, decoded: Decoded, vectors: npt.NDArray[np.float32], state: CollectionState, backend: Backend
-) -> Header:
-    """Give each record its cell by the state's codebook: the nearest centroid, `DELETED` for a delete.
+def route(raw: RawBatch, decoded: Decoded, vectors: npt.NDArray[np.float32], router: Router) -> Header:
+    """Give each record its cell: the router's, `DELETED` for a delete.
 
     Parameters
     ----------
@@ -89,12 +88,7 @@ def route(
     keeps = ~decoded.deleted
     cells = np.full(len(decoded.ids), DELETED, dtype=np.int32)
     if len(vectors):
-        if len(state.codebook.centroids) == 1:
-            cells[keeps] = state.codebook.first
-        else:
-            xp = backend.xp
-            labels, _ = backend.kmeans.assign(xp.asarray(vectors), xp.asarray(state.codebook.centroids))
-            cells[keeps] = (labels.get() if hasattr(labels, "get") else labels) + state.codebook.first
+        cells[keeps] = router.cells(vectors)
     return Header(
         ids=decoded.ids,
         topic_partitions=raw.topic_partitions[decoded.rows],
@@ -144,6 +138,7 @@ class Ingest:
         self._settings, self._kafka = settings, source
         self.incarnation = replica.state.incarnation
         self._schema: Mapping[str, str] = dict(replica.state.schema)
+        self._router = Router(replica.state.codebook, node.backend)
         self._sending: dict[int, int] = {}
         self._sent = asyncio.Condition()
         self._full: dict[str, str] = {}
@@ -338,7 +333,9 @@ class Ingest:
             failed: dict[str, str] = {}
             full: dict[str, StoreFull] = {}
             try:
-                header = route(batch.raw, batch.decoded, batch.vectors, state, self._node.backend)
+                if self._router.codebook is not state.codebook:
+                    self._router = Router(state.codebook, self._node.backend)
+                header = route(batch.raw, batch.decoded, batch.vectors, self._router)
                 outcome = await fan_out(
                     self._node.call,
                     state,

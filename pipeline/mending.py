@@ -20,6 +20,7 @@ from headrace.cluster.compare import Heard, heard_from_wire
 from headrace.cluster.correcting import batch_of, header_without_rows, no_longer_in_the_log, told
 from headrace.cluster.fanout import Header, fan_out
 from headrace.cluster.moving import header_of_rows
+from headrace.cluster.routing import Router
 from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import rows_from_wire
 from headrace.gpu.errors import ClusterError, StoreFull
@@ -169,7 +170,8 @@ class Mender:
         batch = await self._ingest.made_of(looked.raw)
         assert batch.decoded is not None
         assert batch.vectors is not None
-        return await self._blocking(route, looked.raw, batch.decoded, batch.vectors, self._state, self._node.backend)  # type: ignore[no-any-return]
+        router = Router(self._state.codebook, self._node.backend)
+        return await self._blocking(route, looked.raw, batch.decoded, batch.vectors, router)  # type: ignore[no-any-return]
 
     async def _from_copies(self, ids: Sequence[Id], best: Sequence[Heard | None], where: Mapping[Id, int]) -> Header:
         """Rows whose records the log no longer has, from a copy that has the highest version."""

@@ -116,6 +116,8 @@ class Reader:
 
     def passed(self, batch: RawBatch) -> None:
         """A batch is through the slow step (see `ReaderSettings.batches_not_passed`); again means nothing."""
+        if self.settings.batches_not_passed is None:
+            return  # nobody waits for it, and waking the thread would cost both their turn
         with self._room:
             self._not_passed.discard(id(batch))
             self._room.notify_all()

@@ -6,9 +6,10 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from headrace.gpu import nearest
+from headrace.gpu.nearest import Nearest, check_training, train_few
+from headrace.gpu.nearest import assign as assign_over
 
-__all__ = ["assign", "train"]
+__all__ = ["assign", "nearest", "train"]
 
 _Floats = npt.NDArray[np.float32]
 
@@ -21,10 +22,10 @@ def train(sample: _Floats, cells: int, *, seed: int = 0, iterations: int = 20, i
     BackendError
         The sample is empty, or `init` has another shape than the centroids asked for.
     """
-    nearest.check_training(sample, cells, init)
+    check_training(sample, cells, init)
     n, dim = sample.shape
     if n <= cells:
-        return np.asarray(nearest.train_few(np, sample, cells, iterations, init))
+        return np.asarray(train_few(np, sample, cells, iterations, init))
     # FAISS would warn on stderr about small samples and cut down large ones; both are the caller's business.
     machine = faiss.Kmeans(
         dim, cells, niter=iterations, nredo=1, seed=seed, min_points_per_centroid=1, max_points_per_centroid=n
@@ -36,4 +37,9 @@ def train(sample: _Floats, cells: int, *, seed: int = 0, iterations: int = 20, i
 
 def assign(vectors: _Floats, centroids: _Floats) -> tuple[npt.NDArray[np.int32], _Floats]:
     """Nearest centroid and squared distance; see `headrace.gpu.nearest.assign`."""
-    return nearest.assign(np, vectors, centroids)
+    return assign_over(np, vectors, centroids)
+
+
+def nearest(centroids: _Floats) -> Nearest:
+    """The same for centroids that are asked often."""
+    return Nearest(np, centroids)

@@ -7,9 +7,10 @@ from typing import Any
 import cupy as cp
 from cuml.cluster import KMeans
 
-from headrace.gpu import nearest
+from headrace.gpu.nearest import Nearest, check_training, train_few
+from headrace.gpu.nearest import assign as assign_over
 
-__all__ = ["assign", "train"]
+__all__ = ["assign", "nearest", "train"]
 
 Array = Any
 
@@ -22,9 +23,9 @@ def train(sample: Array, cells: int, *, seed: int = 0, iterations: int = 20, ini
     BackendError
         The sample is empty, or `init` has another shape than the centroids asked for.
     """
-    nearest.check_training(sample, cells, init)
+    check_training(sample, cells, init)
     if len(sample) <= cells:
-        return nearest.train_few(cp, sample, cells, iterations, init)
+        return train_few(cp, sample, cells, iterations, init)
     # cuVS has a k-means too, but its parameters have no seed.
     machine = KMeans(
         n_clusters=cells,
@@ -40,4 +41,9 @@ def train(sample: Array, cells: int, *, seed: int = 0, iterations: int = 20, ini
 
 def assign(vectors: Array, centroids: Array) -> tuple[Array, Array]:
     """Nearest centroid and squared distance; see `headrace.gpu.nearest.assign`."""
-    return nearest.assign(cp, vectors, centroids)
+    return assign_over(cp, vectors, centroids)
+
+
+def nearest(centroids: Array) -> Nearest:
+    """The same for centroids that are asked often."""
+    return Nearest(cp, centroids)
