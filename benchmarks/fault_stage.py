@@ -15,6 +15,7 @@ from confluent_kafka import Consumer, TopicPartition
 import headrace
 from benchmarks.fault_reads import Asked, vector
 from headrace.streams.clients import KafkaLog
+from headrace.streams.topics import Offsets
 from tests.history.checker import Report, check_all
 from tests.history.events import Produced
 from tests.history.recorder import Recorded, Recorder
@@ -43,6 +44,10 @@ class Stage:
         What runs this again, shown with every violation.
     base : int
         Rows that are there from the start and never change.
+    cells : int, optional
+        By default one for few rows; more need a cluster that trains on as few as `base`.
+    index : str
+        Kind of index. Only "flat" misses nothing: what is missing there was lost, and is no matter of recall.
     """
 
     def __init__(
@@ -54,14 +59,21 @@ class Stage:
         seed: int,
         command: str,
         base: int = BASE_ROWS,
+        cells: int | None = None,
+        index: str = "graph",
     ) -> None:
+        self._cells = cells or (CELLS if base >= BASE_ROWS else 1)
+        self._index = index
+        self.exact = index == "flat"
+        self._ends: Offsets | None = None
         self.db, self.broker, self.name, self.seed, self.base = db, broker, name, seed, base
         self.recorder = Recorder(seed=seed, command=command)
 
     def __enter__(self) -> Stage:
         self.broker.create_topic(self.name, TOPIC_PARTITIONS)
-        cells = CELLS if self.base >= BASE_ROWS else 1
-        self.collection = self.db.create_collection(self.name, dim=DIM, cells=cells, replicas=2)
+        self.collection = self.db.create_collection(
+            self.name, dim=DIM, cells=self._cells, replicas=2, index=self._index
+        )
         self.collection.ingest(self.broker.bootstrap)
         self.recorded: Recorded = self.recorder.wrap(self.collection, "writer")
         for begin in range(0, self.base, 1000):
@@ -73,7 +85,7 @@ class Stage:
                 wait="searchable",
                 deadline=60.0,
             )
-        until("the codebook is there", lambda: cells == 1 or self.collection.status()["codebook"] == 1)
+        until("the codebook is there", lambda: self._cells == 1 or self.collection.status()["codebook"] == 1)
         self.quiet()
         return self
 
@@ -104,6 +116,12 @@ class Stage:
         row = {"id": f"probe-{number}", "vector": vector(self.seed, number, DIM, still=False), "n": number}
         self.recorded.upsert([row], wait="searchable", deadline=deadline)
         return time.monotonic() - began
+
+    def ends(self) -> dict[int, int]:
+        """How far the topic goes; `BrokerError` while the broker is away."""
+        if self._ends is None:
+            self._ends = Offsets(self.broker.bootstrap, self.name, settings={}, deadline=1.0)
+        return self._ends.latest(1.0)
 
     def judge(self, *, lost_copies: bool = False) -> Report:
         """Look at everything by get, by exhaustive search and by scanning every copy; then ask the checker.

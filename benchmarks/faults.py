@@ -1,7 +1,7 @@
 """What do faults cost? Workers, broker and scaling are broken on purpose, and every promise is held against a figure.
 
 Each scene writes and reads while the fault is there, writes down what was acknowledged and answered, and has the
-history checked afterwards. The scenes are in ``fault_scenes.py``; the tests play shorter ones.
+history checked afterwards. The scenes are in ``fault_scenes.py`` and ``fault_snapshots.py``; tests play shorter ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Console
 
 import headrace
 from benchmarks.fault_scenes import Scene, broker_away, joins_and_leaves, leader_moves, unread_hangs, worker_lost
+from benchmarks.fault_snapshots import all_killed, restored, up_again
 from benchmarks.fault_stage import Stage
 from benchmarks.report import Report, show
 
@@ -30,6 +31,9 @@ SCENES: Mapping[str, Callable[[Stage], Scene]] = {
     "broker-hangs": lambda stage: broker_away(stage, away=5.0, hangs=True),
     "leader-moves": leader_moves,
     "join-and-leave": joins_and_leaves,
+    "restored": restored,
+    "all-killed": all_killed,
+    "up-again": up_again,
 }
 
 

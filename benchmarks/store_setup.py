@@ -51,7 +51,7 @@ class Setup:
     quick : bool
         Small made-up data and few rounds: whether it works, not how fast.
     threads : int
-        Of batched searches and of index builds, the store's and the raw library's alike.
+        Of batched searches, the store's and the raw library's alike, and of the raw library's index builds.
     cache : Path
     glove_path : str, optional
     """
@@ -86,7 +86,7 @@ class Setup:
         """A store's defaults; smaller segments for a quick run, so that there are several."""
         if self.quick and seal_rows is None:
             seal_rows = max(256, self.rows // 8)
-        usual = StoreSettings(build_threads=self.threads)
+        usual = StoreSettings()
         return usual if seal_rows is None else dataclasses.replace(usual, seal_rows=seal_rows)
 
     def empty(

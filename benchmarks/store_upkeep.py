@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.cluster.stepping_back import stepping_back
 from headrace.gpu.backend import Backend
 from headrace.gpu.store import Store
 
@@ -15,20 +16,28 @@ __all__ = ["Counted", "Maintainer", "counting"]
 
 
 class Maintainer:
-    """A thread that seals and merges, as a worker's does, while the caller applies and searches."""
+    """Two threads that seal and merge, as a worker's do, while the caller applies and searches.
+
+    Like a worker's they take only the processor time that others leave.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store, self._stop = store, threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="maintainer", daemon=True)
+        self._threads = [
+            threading.Thread(target=stepping_back, args=(self._run,), name=f"maintainer-{number}", daemon=True)
+            for number in range(2)
+        ]
 
     def __enter__(self) -> Maintainer:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self.check()
 
     def check(self) -> None:
@@ -37,8 +46,8 @@ class Maintainer:
             raise self._error
 
     def wait(self) -> None:
-        """Until nothing is left to be sealed or merged."""
-        while self._store.wants_maintenance():
+        """Until nothing is left to be sealed or merged, and nothing is being."""
+        while self._store.wants_maintenance() or self._store.statistics()["rewriting"]:
             self.check()
             time.sleep(0.005)
 

@@ -12,61 +12,24 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from headrace.cluster import planning
 from headrace.cluster.calls import Call
+from headrace.cluster.coordinator_settings import CoordinatorSettings
+from headrace.cluster.snapshot_loading import Loading
+from headrace.cluster.snapshotting import Taking
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.cluster.watching import watch
 from headrace.cluster.wire import floats_from_wire, offsets_from_wire, offsets_to_wire
 from headrace.gpu.errors import ClusterError, CollectionError, HeadraceError, StaleEpoch, TopicError
+from headrace.streams.topic_identity import another
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
 
 log = logging.getLogger("headrace.cluster")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinatorSettings:
-    """How a collection is looked after.
-
-    Attributes
-    ----------
-    min_rows, sample_rows, iterations : int
-        When the codebook is trained, on how many rows, for how long.
-    publish_deadline : float
-        Seconds that a worker may take to answer a new state before it leaves the placement.
-    move_deadline : float
-        Seconds that one worker may take to send its rows on.
-    tick : float
-        Seconds between looks at what nobody announces: row counts, and workers that had stopped answering.
-    survey : float
-        Seconds between counts of all cells' rows, by which cells are spread evenly over the workers.
-    rebalance_rows : int
-        With fewer rows than this nothing is moved for the sake of balance.
-    watch : float
-        Seconds between questions to every worker whether it still answers.
-    silence : float
-        Seconds without an answer to that after which a worker leaves the placement.
-    grace : float
-        Seconds that workers have to return to a scheduler that takes the place of one that was lost; those that do not
-        come are counted as lost.
-    """
-
-    min_rows: int = 4096
-    sample_rows: int = 65_536
-    iterations: int = 20
-    publish_deadline: float = 5.0
-    move_deadline: float = 600.0
-    tick: float = 0.5
-    survey: float = 5.0
-    rebalance_rows: int = 20_000
-    watch: float = 1.0
-    silence: float = 2.0
-    grace: float = 5.0
 
 
 class Coordinator:
@@ -95,7 +58,9 @@ class Coordinator:
         self.ready = asyncio.Event()
         self._lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._resumed = False
+        self._anew = False
+        self.snapshots = Taking(self, call, self._settings.snapshots)
+        self.loading = Loading(self, call, self._settings.snapshots)
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -105,6 +70,7 @@ class Coordinator:
         self._tasks = [
             loop.create_task(self._run(), name=f"headrace-{name}"),
             loop.create_task(self._watch(), name=f"headrace-watch-{name}"),
+            loop.create_task(self.snapshots.run(), name=f"headrace-snapshots-{name}"),
         ]
         self._wake.set()
 
@@ -112,8 +78,13 @@ class Coordinator:
         """Go on from a state that is the workers' own; `incomplete` ones must begin anew."""
         self._leaving = set(self.state.leaving)
         self._suspects |= dict.fromkeys(incomplete, "it lacks rows")
-        self._resumed = True
+        self._anew = True
         self.start(live)
+
+    def again(self) -> None:
+        """Have everybody told once more, although nothing has changed."""
+        self._anew = True
+        self._wake.set()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -165,8 +136,22 @@ class Coordinator:
             self._suspects[address] = why
             self._wake.set()
 
+    async def topic_found(self, known: str, source: Source) -> None:
+        """A worker that took the topic to be the one with the id `known` has found it to be that of `source`."""
+        async with self._lock:
+            if self.state.source is None or known != self.state.source.topic_id or known == source.topic_id:
+                return  # another worker was first, or it is more than one topic behind
+            await self._take_up(source)
+
+    async def _take_up(self, source: Source) -> None:
+        wanted = planning.topic_found(self.state, source)
+        if wanted.incarnation != self.state.incarnation:
+            log.error("collection %r: %s", wanted.spec.name, wanted.alarms[-1])
+            self._rows = {}
+        await self._publish(wanted)
+
     async def attach(self, source: Source) -> None:
-        """Read records from `source`; the same source again changes nothing.
+        """Read records from `source`; the same source again changes nothing, but for a topic that was made anew.
 
         Raises
         ------
@@ -176,7 +161,12 @@ class Coordinator:
             The topic has another number of topic partitions than when the collection was made.
         """
         async with self._lock:
+            self.loading.check_source()
             old = self.state.source
+            same = old and (old.bootstrap, old.topic, old.format) == (source.bootstrap, source.topic, source.format)
+            if old and same and another(old.topic_id, source.topic_id):
+                await self._take_up(source)
+                return
             if old and (old.bootstrap, old.topic, old.format, old.partitions) == (
                 source.bootstrap,
                 source.topic,
@@ -202,7 +192,7 @@ class Coordinator:
         if merged != self.state.schema:
             # No new epoch: a schema only grows, and a worker that does not know a column yet asks here.
             self.state = self.state.with_(schema=merged)
-            await self._tell()
+            await self.tell()
         return merged
 
     def alarm(self, text: str) -> None:
@@ -210,12 +200,12 @@ class Coordinator:
         if text not in self.state.alarms:
             log.error("collection %r: %s", self.state.spec.name, text)
             self.state = self.state.with_(alarms=(*self.state.alarms, text))
-            self._tasks.append(asyncio.get_running_loop().create_task(self._tell()))
+            self._tasks.append(asyncio.get_running_loop().create_task(self.tell()))
 
-    async def _tell(self) -> None:
+    async def tell(self) -> None:
         """Have the workers remember what changes without an epoch, should this scheduler be lost."""
         state, deadline = self.state, self._settings.silence
-        told = {"collection": state.spec.name, "schema": dict(state.schema), "alarms": list(state.alarms)}
+        told = {"collection": state.spec.name, **state.told()}
         calls = (self._call(worker, "told", deadline=deadline, **told) for worker in state.members)
         await asyncio.gather(*calls, return_exceptions=True)
 
@@ -250,7 +240,7 @@ class Coordinator:
         every, patience = self._settings.watch, self._settings.silence
         await watch(lambda: self.state.members, ask, self.suspect, every=every, patience=patience)
 
-    async def _unless_lost(self, work: Awaitable[T]) -> T:
+    async def unless_lost(self, work: Awaitable[T]) -> T:
         """What `work` gives, which may take long; given up when a member is lost, for then writes wait for a change.
 
         Raises
@@ -273,9 +263,17 @@ class Coordinator:
     async def _step(self) -> bool:
         """One change; True if there may be more to do at once."""
         await self._recall_suspects()
-        wanted = planning.membership(self.state, self._live - set(self._suspects), self._rows, self._leaving)
-        if wanted is not self.state or self._resumed:
-            self._resumed = False
+        live = self._live - set(self._suspects)
+        if self.state.restoring and live.issuperset(self.state.members) and self.state.members:
+            live = set(self.state.members)  # those that come while a snapshot is loaded join when it has been
+        wanted = planning.membership(self.state, live, self._rows, self._leaving)
+        if wanted is not self.state or self._anew:
+            if wanted.members and planning.lost_cells(self.state, live):
+                instead = await self.loading.instead(self.state, wanted, self._leaving)
+                if instead is None:
+                    return False
+                wanted = instead
+            self._anew = False
             if not wanted.members:
                 self.state = wanted
                 return False
@@ -289,15 +287,16 @@ class Coordinator:
             await self._publish(wanted)
             return True
         if self.state.moving:
-            base = await self._move()
+            base = await (self.loading.load() if self.state.restoring else self._move())
             if base is None:
-                return bool(self._suspects)
+                return bool(self._suspects) or self._anew
             await self._publish(planning.settle(self.state), base)
             return True
         return await self._even_out_if_due() or await self._train_if_due()
 
     async def _publish(self, state: CollectionState, base: Mapping[str, Mapping[int, int]] | None = None) -> None:
         self.state = state
+        self.loading.most = max(self.loading.most, len(state.members))
         async with self._changed:
             self._changed.notify_all()
         wire = state.to_wire()
@@ -340,7 +339,7 @@ class Coordinator:
             return_exceptions=True,
         )
         try:
-            answers = await self._unless_lost(sending)
+            answers = await self.unless_lost(sending)
         except ClusterError as error:
             log.info("collection %r: rows are sent on again later: %s", name, error)
             return None
@@ -376,7 +375,7 @@ class Coordinator:
             ),
             return_exceptions=True,  # who does not answer is noticed by `_watch`
         )
-        answers = await self._unless_lost(asking)
+        answers = await self.unless_lost(asking)
         rows: dict[int, int] = {}
         for answer in answers:
             for cell, count in answer.get("cell_sizes", ()) if isinstance(answer, dict) else ():
@@ -399,7 +398,7 @@ class Coordinator:
         status = await self._ask(trainer, "status", deadline=settings.publish_deadline, collection=state.spec.name)
         if status["rows"] < settings.min_rows:
             return False
-        answer = await self._unless_lost(
+        answer = await self.unless_lost(
             self._ask(
                 trainer,
                 "train",

@@ -45,9 +45,10 @@ def header_of_rows(rows: Sequence[StoredRow], state: CollectionState, backend: B
 async def send_on(
     call: Call, state: CollectionState, header: Header, *, me: str, local: LocalApply, deadline: float
 ) -> dict[str, str]:
-    """Tell every holder of a row its cell, then send the vectors to those that lack it.
+    """Tell holders of a row its cell, then send the vectors to those that lack it.
 
-    A move that was interrupted and begins again sends no vector twice.
+    Copies that are complete hear of a row only where its cell has a new number. A move that was interrupted and begins
+    again sends no vector twice.
 
     Returns
     -------
@@ -61,7 +62,7 @@ async def send_on(
     StaleEpoch
         As `fan_out`.
     """
-    held = {worker: np.flatnonzero(held_by(header, worker, state)) for worker in state.members}
+    held = {worker: np.flatnonzero(_concerns(header, worker, state)) for worker in state.members}
     parts = {worker: _part(header, rows, Action.KEEP) for worker, rows in held.items() if len(rows)}
     failed: dict[str, str] = {}
     for _ in range(2):
@@ -80,6 +81,15 @@ async def send_on(
         if not parts:
             break
     return failed
+
+
+def _concerns(header: Header, worker: str, state: CollectionState) -> npt.NDArray[np.bool_]:
+    """Which rows `worker` has to hear of, bool (n,): those of its cells, but for what it has as it is to be."""
+    holds = held_by(header, worker, state)
+    if state.previous is not None:
+        return holds
+    complete = np.array([cell for cell, holders in state.serving.items() if worker in holders], dtype=np.int32)
+    return holds & ~np.isin(header.cells, complete)
 
 
 def _part(header: Header, rows: npt.NDArray[np.int64], action: Action) -> Batch:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.cluster.layout import near_order
 from headrace.cluster.placement import assign_readers, place
-from headrace.cluster.state import Codebook, CollectionState, Source
+from headrace.cluster.snapshot_state import Restoring
+from headrace.cluster.state import Codebook, CollectionState, Source, first_codebook
+from headrace.streams.topic_identity import another, made_anew
 
-__all__ = ["Moves", "adopt_codebook", "attach_source", "membership", "moves", "rebalanced", "settle"]
+__all__ = [
+    "Moves",
+    "adopt_codebook",
+    "attach_source",
+    "begun_anew",
+    "lost_cells",
+    "membership",
+    "moves",
+    "rebalanced",
+    "restored",
+    "settle",
+    "topic_found",
+]
 
 Moves = dict[str, list[int]]
 """Worker to the cells whose rows it is to send on."""
@@ -32,35 +47,95 @@ def membership(
     going = tuple(sorted(set(live) & set(leaving)))
     if set(live) == set(state.members) and going == state.leaving:
         return state
+    if not live:
+        # What that means is decided when somebody comes.
+        nobody: dict[int, tuple[str, ...]] = dict.fromkeys(state.codebook.cells if state.copies else (), ())
+        return state.with_(
+            epoch=state.epoch + 1,
+            members={},
+            previous=None,
+            copies=nobody,
+            serving=nobody,
+            surplus={},
+            leaving=(),
+            moving=False,
+            readers={},
+        )
     active = [address for address in state.active if address in live]
     serving = {cell: tuple(a for a in holders if a in active) for cell, holders in state.serving.items()}
-    lost = [cell for cell in state.cells if not serving.get(cell)]
-    if lost:
-        members = dict.fromkeys(sorted(live), "active")
-        begun = state.source is not None and bool(state.members)
-        copies = place(state.codebook.cells, _staying(live, going), state.spec.replicas, near=_near(state.codebook))
-        alarms = state.alarms
-        if begun:
-            alarms = (
-                *alarms,
-                f"the last copy of {len(lost)} cells was lost: the log was read again from its start",
-            )
-        return _with_readers(
-            state.with_(
-                epoch=state.epoch + 1,
-                incarnation=state.incarnation + begun,
-                members=members,
-                previous=None,
-                copies=copies,
-                serving=copies,
-                surplus={},
-                leaving=going,
-                moving=False,
-                alarms=alarms,
-            )
-        )
+    if lost_cells(state, live):
+        return begun_anew(state, live, going)
     members = {address: "active" if address in active else "joining" for address in sorted(live)}
     return _with_readers(_placed(state.with_(members=members, leaving=going, serving=serving), rows))
+
+
+def begun_anew(state: CollectionState, live: Collection[str], leaving: Collection[str] = ()) -> CollectionState:
+    """The state in which `live` workers begin with nothing and read the log from its start, if there is one."""
+    going = tuple(sorted(set(live) & set(leaving)))
+    copies = place(state.codebook.cells, _staying(live, going), state.spec.replicas, near=_near(state.codebook))
+    begun = state.source is not None and bool(state.copies)
+    alarms = state.alarms
+    if begun:
+        cells = len(lost_cells(state, live))
+        alarms = (*alarms, f"the last copy of {cells} cells was lost: the log was read again from its start")
+    return _with_readers(
+        state.with_(
+            epoch=state.epoch + 1,
+            incarnation=state.incarnation + begun,
+            members=dict.fromkeys(sorted(live), "active"),
+            previous=None,
+            copies=copies,
+            serving=copies,
+            surplus={},
+            leaving=going,
+            moving=False,
+            restoring=None,
+            alarms=alarms,
+        )
+    )
+
+
+def lost_cells(state: CollectionState, live: Collection[str]) -> list[int]:
+    """Cells of which no worker in `live` has a complete copy."""
+    readable = set(state.active) & set(live)
+    return [cell for cell in state.cells if readable.isdisjoint(state.serving.get(cell, ()))]
+
+
+def restored(
+    state: CollectionState,
+    kept: CollectionState,
+    restoring: Restoring,
+    live: Collection[str],
+    rows: Mapping[int, int],
+    leaving: Collection[str] = (),
+) -> CollectionState:
+    """The state in which all of `live` load a snapshot: nobody is read and nothing is written before `settle`.
+
+    Parameters
+    ----------
+    kept : CollectionState
+        As the snapshot has it: its codebook and schema are taken over.
+    rows : mapping of int to int
+        Rows by cell in the snapshot.
+    """
+    going = tuple(sorted(set(live) & set(leaving)))
+    book = kept.codebook
+    copies = place(book.cells, _staying(live, going), state.spec.replicas, rows=rows, near=_near(book))
+    return state.with_(
+        epoch=state.epoch + 1,
+        incarnation=state.incarnation + 1,
+        members=dict.fromkeys(sorted(live), "joining"),
+        codebook=book,
+        previous=None,
+        copies=copies,
+        serving=dict.fromkeys(copies, ()),
+        surplus={},
+        leaving=going,
+        moving=True,
+        readers={},
+        schema={**kept.schema, **state.schema},
+        restoring=restoring,
+    )
 
 
 def rebalanced(state: CollectionState, rows: Mapping[int, int]) -> CollectionState:
@@ -161,6 +236,7 @@ def settle(state: CollectionState) -> CollectionState:
             serving=copies,
             surplus={},
             moving=False,
+            restoring=None,
         )
     )
 
@@ -168,6 +244,37 @@ def settle(state: CollectionState) -> CollectionState:
 def attach_source(state: CollectionState, source: Source) -> CollectionState:
     """The state with records coming from `source`."""
     return _with_readers(state.with_(epoch=state.epoch + 1, source=source))
+
+
+def topic_found(state: CollectionState, source: Source) -> CollectionState:
+    """The state once the topic's id is known to be that of `source`.
+
+    Where another was known, the topic was deleted and made anew. Offsets of two topics do not compare, so nothing of
+    the old one may stay: a new incarnation begins empty, with the workers there are, and reads the new topic.
+    """
+    old = state.source
+    if old is None or not another(old.topic_id, source.topic_id):
+        known = source if old is None else replace(old, topic_id=source.topic_id)
+        return state.with_(epoch=state.epoch + 1, source=known)
+    sentence = made_anew(source.topic, old.topic_id, source.topic_id)
+    book = first_codebook(state.spec.dim)
+    copies = place(book.cells, _staying(state.members, state.leaving), state.spec.replicas) if state.members else {}
+    return _with_readers(
+        state.with_(
+            epoch=state.epoch + 1,
+            incarnation=state.incarnation + 1,
+            members=dict.fromkeys(state.members, "active"),
+            codebook=book,
+            previous=None,
+            copies=copies,
+            serving=copies,
+            surplus={},
+            moving=False,
+            restoring=None,
+            source=source,
+            alarms=state.alarms if sentence in state.alarms else (*state.alarms, sentence),
+        )
+    )
 
 
 def _with_readers(state: CollectionState) -> CollectionState:

@@ -43,9 +43,18 @@ def recovered(held: Mapping[str, CollectionState]) -> tuple[CollectionState, fro
         # Those that joined are told before those that then drop what the others have taken over.
         if all(before.members.get(worker) == "joining" for worker in told):
             chosen, incomplete = before, frozenset()
+    # Who has not heard of a new incarnation begins empty when it does, and nobody would read for it what the others'
+    # readers have passed since.
+    incomplete |= {
+        worker
+        for worker, state in held.items()
+        if state.incarnation < chosen.incarnation and chosen.members.get(worker) == "active"
+    }
     schema: dict[str, str] = {}
     alarms: dict[str, None] = {}
     for state in sorted(held.values(), key=lambda state: state.epoch, reverse=True):
         schema = {**state.schema, **schema}
         alarms = {**alarms, **dict.fromkeys(state.alarms)}
-    return chosen.with_(epoch=newest.epoch + _APART, schema=schema, alarms=tuple(alarms)), incomplete
+    snapshots = max((state.snapshots for state in held.values()), key=lambda known: known.revision)
+    epoch = newest.epoch + _APART
+    return chosen.with_(epoch=epoch, schema=schema, alarms=tuple(alarms), snapshots=snapshots), incomplete

@@ -15,7 +15,7 @@ from typing import Any
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
-from headrace.gpu.errors import ClusterError, CollectionNotFound, ConsistencyTimeout
+from headrace.gpu.errors import ClusterError, CollectionNotFound, ConsistencyTimeout, HeadraceError, StoreFull
 from headrace.gpu.rows import Batch
 from headrace.gpu.store import Applied, Store, StoreSettings
 from headrace.streams.watermark import Watermark
@@ -62,6 +62,12 @@ class Replica:
         self._watermarks: dict[int, Watermark] = {}
         self._read_from_origins(state)
         self._fence = max(self._fence, state.epoch)
+        self._filling = self._is_filled(state)
+
+    def _is_filled(self, state: CollectionState) -> bool:
+        """Are rows on their way here that are older than what comes live?"""
+        mine = (cell for cell, copies in state.copies.items() if self.address in copies)
+        return any(self.address not in state.serving.get(cell, ()) for cell in mine)
 
     def _read_from_origins(self, state: CollectionState) -> None:
         # A joining worker has not applied what lies before it: it gets its start from the peers it is filled from.
@@ -87,10 +93,11 @@ class Replica:
         if state.epoch < self.state.epoch:
             return
         if state.incarnation != self.state.incarnation:
-            log.warning("collection %r: the last copy of a cell was lost; reading the log again", state.spec.name)
+            log.warning("collection %r: this worker begins anew, with nothing", state.spec.name)
             self._begin(state)
             return
         self.state = state
+        self._filling = self._is_filled(state)
         self._fence = max(self._fence, state.epoch)
         self._read_from_origins(state)
         if base:
@@ -98,10 +105,16 @@ class Replica:
                 self._watermarks.setdefault(partition, Watermark()).raise_to(offset)
             self.store.stamp(self.watermarks)
             self._wake()
-        if not state.moving:
-            mine = frozenset(cell for cell, holders in state.copies.items() if self.address in holders)
-            if dropped := self.store.drop_cells(mine):
-                log.info("collection %r: dropped %d rows that others hold now", state.spec.name, dropped)
+
+    def let_go(self, at_most: int | None = None) -> int:
+        """Drop rows that others hold now, at most so many; how many, and 0 when none is left or while rows move.
+
+        In no hurry: headers go to everybody, so what is still here is no older than what its holders have.
+        """
+        if self.state.moving:
+            return 0
+        mine = frozenset(cell for cell, holders in self.state.copies.items() if self.address in holders)
+        return self.store.drop_cells(mine, at_most)
 
     def apply(
         self, batch: Batch | None, ranges: Mapping[int, tuple[int, int]], stable: Mapping[int, int], epoch: int
@@ -111,7 +124,8 @@ class Replica:
         Raises
         ------
         StoreFull
-            The memory limit is reached; nothing has been changed, and the offsets do not count as applied.
+            The memory limit is reached: no row has been written, and the offsets do not count as applied. What the
+            batch deletes has gone.
         ClusterError
             The batch mends (`Batch.instead`), and deletions may have been forgotten since it was thought out.
         """
@@ -128,16 +142,24 @@ class Replica:
             self.store.stamp(stamp)
             applied = Applied(0, 0, 0, ())
         else:
-            applied = self.store.apply(batch, stamp)
+            gaps = self._filling or any(low > marks[partition].value for partition, (low, _) in ranges.items())
+            try:
+                applied = self.store.apply(batch, stamp, gaps=gaps)
+            except StoreFull:
+                self._forget(stable, epoch)  # perhaps it is remembered deletions that take the room
+                raise
         # Not before: should the store refuse the batch, its offsets have not been applied.
         for partition, span in ranges.items():
             marks[partition].add(*span)
         self._fence = epoch
+        self._forget(stable, epoch)
+        self._wake()
+        return applied
+
+    def _forget(self, stable: Mapping[int, int], epoch: int) -> None:
         # A sender with a newer state than ours may already be moving rows.
         if epoch == self.state.epoch and not self.state.moving and not self._remembering:
             self.store.forget(stable)
-        self._wake()
-        return applied
 
     def remember(self, seconds: float) -> None:
         """Forget no deletion for some time: copies are being compared, and a mended row carries an old version."""
@@ -177,9 +199,9 @@ class Replica:
             if entry in self._waiters:
                 self._waiters.remove(entry)
 
-    def close(self) -> None:
-        """The collection is gone from here: whoever waits is told so at once."""
-        gone = CollectionNotFound(f"{self.address} holds no collection {self.state.spec.name!r} any more")
+    def close(self, why: HeadraceError | None = None) -> None:
+        """Nothing comes here any more: whoever waits is told so at once; by default that the collection is gone."""
+        gone = why or CollectionNotFound(f"{self.address} holds no collection {self.state.spec.name!r} any more")
         for _, waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(gone)

@@ -14,6 +14,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from headrace.cluster.calls import answering, call
 from headrace.cluster.coordinator import Coordinator, CoordinatorSettings
 from headrace.cluster.recovery import recovered
+from headrace.cluster.snapshot_calls import SnapshotCalls
 from headrace.cluster.state import CollectionSpec, CollectionState, Source
 from headrace.gpu.errors import ClusterError, CollectionExists, CollectionNotFound
 
@@ -25,7 +26,7 @@ _PATIENCE = 5.0
 _PAUSE = 0.05
 
 
-class HeadraceScheduler(SchedulerPlugin):
+class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
     """Registered once per scheduler; a second registration is ignored.
 
     Parameters
@@ -65,12 +66,14 @@ class HeadraceScheduler(SchedulerPlugin):
                     "collections",
                     "describe",
                     "ingest",
+                    "topic_found",
                     "drain",
                     "suspect",
                     "learn",
                     "alarm",
                     "await_state",
                     "shutdown",
+                    *self.calls,
                 )
             }
         )
@@ -155,19 +158,23 @@ class HeadraceScheduler(SchedulerPlugin):
 
     async def create(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         wanted = CollectionSpec.from_wire({**spec, "uid": uuid.uuid4().hex})
-        self._check_free(wanted.name)
+        await self._until_free(wanted.name)
+        coordinator = Coordinator(wanted, self._call, self._settings, after=self._dropped.pop(wanted.name, None))
+        self._coordinators[wanted.name] = coordinator
+        coordinator.start(set(self._ready))
+        await asyncio.wait_for(coordinator.ready.wait(), 30.0)
+        return {"epoch": coordinator.state.epoch}
+
+    async def _until_free(self, name: str) -> None:
+        """Return when there are workers for a new collection; raises where there is one of this name."""
+        self._check_free(name)
         # Workers of a new cluster need a moment; those that return to a new scheduler may hold it already.
         until = time.monotonic() + _PATIENCE
         while time.monotonic() < until and not (self._ready and self._scheduler.workers.keys() <= self._ready.keys()):
             await asyncio.sleep(_PAUSE)
         if not self._ready:
             raise ClusterError("no worker is ready to hold a collection; start workers and try again")
-        self._check_free(wanted.name)
-        coordinator = Coordinator(wanted, self._call, self._settings, after=self._dropped.pop(wanted.name, None))
-        self._coordinators[wanted.name] = coordinator
-        coordinator.start(set(self._ready))
-        await asyncio.wait_for(coordinator.ready.wait(), 30.0)
-        return {"epoch": coordinator.state.epoch}
+        self._check_free(name)
 
     def _check_free(self, name: str) -> None:
         if name in self._coordinators:
@@ -209,8 +216,7 @@ class HeadraceScheduler(SchedulerPlugin):
         state = coordinator.state
         return {
             "state": None if state.epoch == epoch else state.to_wire(),
-            "schema": dict(state.schema),  # these two change without a new epoch
-            "alarms": list(state.alarms),
+            **state.told(),  # this changes without a new epoch
         }
 
     async def await_state(self, collection: str, epoch: int, patience: float) -> dict[str, Any]:
@@ -220,8 +226,13 @@ class HeadraceScheduler(SchedulerPlugin):
 
     async def ingest(self, collection: str, source: Mapping[str, Any]) -> dict[str, Any]:
         coordinator = await self._settled(collection)
-        origins = {partition: offset for partition, offset in source["origins"]}  # noqa: C416 (pairs arrive as tuples)
-        await coordinator.attach(Source(**{**source, "origins": origins}))
+        await coordinator.attach(_source(source))
+        return {"epoch": coordinator.state.epoch}
+
+    async def topic_found(self, collection: str, known: str, source: Mapping[str, Any]) -> dict[str, Any]:
+        """A worker has found the topic under another id than `known`."""
+        coordinator = await self._settled(collection)
+        await coordinator.topic_found(known, _source(source))
         return {"epoch": coordinator.state.epoch}
 
     async def drain(self, worker: str, undo: bool = False) -> dict[str, Any]:
@@ -265,3 +276,8 @@ class HeadraceScheduler(SchedulerPlugin):
                 raise ClusterError("this scheduler has just begun, and workers may still return to it") from None
             known = ", ".join(sorted(self._coordinators)) or "none yet"
             raise CollectionNotFound(f"there is no collection {collection!r} (there are: {known})") from None
+
+
+def _source(wire: Mapping[str, Any]) -> Source:
+    origins = {partition: offset for partition, offset in wire["origins"]}  # noqa: C416 (pairs arrive as tuples)
+    return Source(**{**wire, "origins": origins})

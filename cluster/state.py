@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cluster.snapshot_state import Restoring, Snapshots
 from headrace.gpu.index_spec import IndexSpec
 
 __all__ = ["Codebook", "CollectionSpec", "CollectionState", "Source", "first_codebook"]
@@ -75,6 +76,9 @@ class Source:
         Of records that do not say.
     origins : dict of int to int
         The first offset that the log still held when ingest began.
+    topic_id : str
+        Kafka's own id of the topic, by which it is told from another that was made under its name; "" where the broker
+        has none.
     """
 
     bootstrap: str
@@ -82,6 +86,7 @@ class Source:
     partitions: int
     format: str
     origins: Mapping[int, int]
+    topic_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,8 @@ class CollectionState:
     epoch : int
         Only rises.
     incarnation : int
-        Rises when the last copy of a cell was lost: stores begin empty and the log is read again from its start.
+        Rises when the last copy of a cell was lost, or the topic is another: stores begin empty and the log is read
+        from its start.
     members : dict of str to str
         Worker address to "active" or "joining". A joining worker is written to, not read.
     codebook : Codebook
@@ -151,6 +157,10 @@ class CollectionState:
         Attribute to its kind ("int", "float", "bool", "str").
     alarms : tuple of str
         What a person should know about the collection's past, such as a log that was truncated.
+    snapshots : Snapshots
+        When they are taken, and the newest there is.
+    restoring : Restoring or None
+        The snapshot that all members are loading; until they have, all of them are joining and none is read.
     """
 
     spec: CollectionSpec
@@ -168,6 +178,8 @@ class CollectionState:
     readers: Mapping[int, str] = field(default_factory=dict)
     schema: Mapping[str, str] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    restoring: Restoring | None = None
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -182,6 +194,27 @@ class CollectionState:
     def with_(self, **changes: Any) -> CollectionState:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    @property
+    def lineage(self) -> str:
+        """Whose snapshots may be loaded: the uid of the first creation, also once it has been restored."""
+        return self.snapshots.lineage or self.spec.uid
+
+    def told(self) -> dict[str, Any]:
+        """What changes without a new epoch, as plain msgpack types."""
+        return {
+            "schema": dict(self.schema),
+            "alarms": list(self.alarms),
+            "snapshots": self.snapshots.to_wire(),
+        }
+
+    def hearing(self, told: Mapping[str, Any]) -> CollectionState:
+        """With what another has `told`."""
+        return self.with_(
+            schema=dict(told["schema"]),
+            alarms=tuple(told["alarms"]),
+            snapshots=Snapshots.from_wire(told.get("snapshots")),
+        )
 
     def to_wire(self) -> dict[str, Any]:
         """Plain msgpack types."""
@@ -204,10 +237,11 @@ class CollectionState:
                 "partitions": self.source.partitions,
                 "format": self.source.format,
                 "origins": [list(pair) for pair in self.source.origins.items()],
+                "topic_id": self.source.topic_id,
             },
             "readers": [list(pair) for pair in self.readers.items()],
-            "schema": dict(self.schema),
-            "alarms": list(self.alarms),
+            **self.told(),
+            "restoring": self.restoring and self.restoring.to_wire(),
         }
 
     @classmethod
@@ -229,6 +263,8 @@ class CollectionState:
             readers=dict(wire["readers"]),
             schema=dict(wire["schema"]),
             alarms=tuple(wire["alarms"]),
+            snapshots=Snapshots.from_wire(wire["snapshots"]),
+            restoring=Restoring.from_wire(wire["restoring"]),
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from headrace.gpu.errors import HeadraceError
 
-__all__ = ["Staying", "unsupported"]
+__all__ = ["Staying", "leave", "unsupported"]
 
 log = logging.getLogger("headrace.cluster")
 
@@ -52,6 +52,18 @@ def unsupported(worker: Any) -> str:
     if found:
         return ""
     return f"distributed {version('distributed')} works otherwise than the versions that are known"
+
+
+def leave(scheduler: Any) -> None:
+    """Part a `distributed.Scheduler` that is about to close from its workers, so that they stay up as if it had died.
+
+    Dask's ``close`` tells every worker that is connected to end too. On the scheduler's event loop; whatever changes
+    collections must have been closed before, or it would take the workers for lost.
+    """
+    for listener in scheduler.listeners:
+        listener.stop()  # first: one that returns at once would be told to end
+    for stream in scheduler.stream_comms.values():
+        stream.abort()
 
 
 class Staying:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
-import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.moving import header_of_rows, send_on
 from headrace.cluster.replica import Replica
 from headrace.cluster.scheduler import HeadraceScheduler
+from headrace.cluster.snapshot_worker import Snapshotting
 from headrace.cluster.state import CollectionState
 from headrace.cluster.staying import Staying, unsupported
+from headrace.cluster.stepping_back import stepping_back
 from headrace.cluster.wire import (
     batch_from_wire,
     floats_from_wire,
@@ -42,10 +43,11 @@ from headrace.cluster.wire import (
 )
 from headrace.gpu.backend import Backend, resolve
 from headrace.gpu.budget import Budget
+from headrace.gpu.ending import Ending
 from headrace.gpu.errors import ClusterError, CollectionNotFound, StaleEpoch
 from headrace.gpu.filters import Filter
 from headrace.gpu.gather import Gatherer, GatherSettings
-from headrace.gpu.store import Store, StoredRow, StoreSettings
+from headrace.gpu.store import Store, StoredRow, StoreSettings, View
 
 __all__ = ["WorkerNode"]
 
@@ -54,10 +56,13 @@ log = logging.getLogger("headrace.cluster")
 T = TypeVar("T")
 
 _MOVE_ROWS = 256
+_DROP_ROWS = 8192
 _TIDY = 1.0
+_JOBS = 2
+"""At a time for one collection: a merge, and a seal that does not wait for it (see `headrace.gpu.maintenance`)."""
 
 
-class WorkerNode(Comparing, WorkerPlugin):
+class WorkerNode(Comparing, Snapshotting, WorkerPlugin):
     """Holds replicas. `pipeline.node` adds the ingest graph and the encoders.
 
     Parameters
@@ -81,7 +86,7 @@ class WorkerNode(Comparing, WorkerPlugin):
     idempotent = True
     calls: tuple[str, ...] = (
         "state", "drop", "reset", "apply", "search", "get", "count", "wait",
-        "watermarks", "status", "scan", "move", "train", *Comparing.calls, "told", "describe",
+        "watermarks", "status", "scan", "move", "train", *Comparing.calls, *Snapshotting.calls, "told", "describe",
     )  # fmt: skip
 
     def __init__(
@@ -95,11 +100,13 @@ class WorkerNode(Comparing, WorkerPlugin):
         coordinator: CoordinatorSettings | None = None,
         patience: float = 3600.0,
     ) -> None:
-        self._coordinator_settings, self._patience = coordinator, patience
+        self._coordinator_settings, self._patience = coordinator or CoordinatorSettings(), patience
+        self.storage_options = self._coordinator_settings.snapshots.options
         self._backend_name, self._store_settings = backend, store or StoreSettings()
         self._gather_settings = gather or GatherSettings()
         self.apply_deadline, self._move_rate = apply_deadline, move_rate
         self.replicas: dict[str, Replica] = {}
+        self._ended = False
 
     async def setup(self, worker: Any) -> None:
         if not hasattr(self, "_seed"):
@@ -116,8 +123,9 @@ class WorkerNode(Comparing, WorkerPlugin):
         self._searchers = ThreadPoolExecutor(self._gather_settings.at_once, thread_name_prefix="headrace-search")
         self._gatherer = Gatherer(self._searched, self._gather_settings)
         # Dask's threads are daemons: a worker that is to end does not wait for an index that nobody will need.
-        self._builders = DaemonThreads(1, thread_name_prefix="headrace-build")  # type: ignore[no-untyped-call]
-        self._building: set[str] = set()
+        self._builders = DaemonThreads(_JOBS, thread_name_prefix="headrace-build")  # type: ignore[no-untyped-call]
+        self.start_snapshots()
+        self._building: Counter[str] = Counter()
         self._scans: dict[str, Any] = {}
         self._tidying = asyncio.get_running_loop().create_task(self._tidy(), name="headrace-tidy")
         worker.handlers.update({f"headrace_{op}": answering(getattr(self, f"on_{op}")) for op in self.calls})
@@ -150,12 +158,16 @@ class WorkerNode(Comparing, WorkerPlugin):
         )
 
     async def teardown(self, worker: Any) -> None:
+        self._ended = True
+        if not hasattr(self, "_tidying"):
+            return  # its setup failed, and has said why
         self._tidying.cancel()
         for name in list(self.replicas):
             await self.release(name)
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._searchers.shutdown(wait=False, cancel_futures=True)
         self._builders.shutdown(wait=False)  # type: ignore[no-untyped-call]
+        self.stop_snapshots()
 
     # -- for subclasses ------------------------------------------------------------------------------------------------
 
@@ -165,7 +177,7 @@ class WorkerNode(Comparing, WorkerPlugin):
     async def release(self, name: str) -> None:
         """Forget a collection."""
         if (replica := self.replicas.pop(name, None)) is not None:
-            replica.close()
+            replica.close(ClusterError(f"{self.address} is ending") if self._ended else None)
 
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
         return await call(self.worker.rpc, address, op, deadline=deadline, **message)
@@ -178,6 +190,8 @@ class WorkerNode(Comparing, WorkerPlugin):
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
 
     def replica(self, collection: str) -> Replica:
+        if self._ended:  # it has let go of everything; the collection is there, on other workers
+            raise ClusterError(f"{self.address} is ending")
         try:
             return self.replicas[collection]
         except KeyError:
@@ -193,16 +207,19 @@ class WorkerNode(Comparing, WorkerPlugin):
     def maintain(self, replica: Replica) -> None:
         """Seal and merge in the background if there is something to do."""
         name = replica.state.spec.name
-        if name in self._building or not replica.store.wants_maintenance():
+        if self._building[name] >= _JOBS or not replica.store.wants_maintenance():
             return
-        self._building.add(name)
-        done = asyncio.get_running_loop().run_in_executor(self._builders, _stepping_back, replica.store.maintain)
+        self._building[name] += 1
+        done = asyncio.get_running_loop().run_in_executor(self._builders, stepping_back, replica.store.maintain)
 
         def finished(future: asyncio.Future[bool]) -> None:
-            self._building.discard(name)
+            self._building[name] -= 1
             if future.cancelled():
                 return
-            if error := future.exception():
+            error = future.exception()
+            if isinstance(error, Ending):
+                return
+            if error:
                 log.error("collection %r: building an index failed", name, exc_info=error)
             elif self.replicas.get(name) is replica:
                 self.maintain(replica)
@@ -219,7 +236,7 @@ class WorkerNode(Comparing, WorkerPlugin):
     async def adopt(self, new: CollectionState, base: Mapping[int, int] | None = None) -> None:
         """Take over a state, whether it was sent or fetched."""
         name = new.spec.name
-        if self.address not in new.members:
+        if self._ended or self.address not in new.members:
             await self.release(name)
             return
         replica = self.replicas.get(name)
@@ -228,7 +245,17 @@ class WorkerNode(Comparing, WorkerPlugin):
             log.info("collection %r: this worker takes part (%s)", name, new.members[self.address])
         else:
             replica.adopt(new, base)
+            await self._let_go(replica)
         await self.state_adopted(replica)
+
+    async def _let_go(self, replica: Replica) -> None:
+        """Drop step by step what others hold now: all at once, a million rows would hold up applies and reads."""
+        step, total = max(_DROP_ROWS, replica.store.view.rows // 32), 0
+        while dropped := replica.let_go(step):
+            total += dropped
+            await asyncio.sleep(0)
+        if total:
+            log.info("collection %r: dropped %d rows that others hold now", replica.state.spec.name, total)
 
     async def on_drop(self, collection: str) -> dict[str, Any]:
         await self.release(collection)
@@ -244,14 +271,14 @@ class WorkerNode(Comparing, WorkerPlugin):
         state = self.replica(collection).state
         return {
             "state": None if state.epoch == epoch else state.to_wire(),
-            "schema": dict(state.schema),
-            "alarms": list(state.alarms),
+            **state.told(),
         }
 
-    async def on_told(self, collection: str, schema: Mapping[str, str], alarms: Sequence[str]) -> dict[str, Any]:
+    async def on_told(self, collection: str, **told: Any) -> dict[str, Any]:
         """What changes without a new epoch, to be remembered should the scheduler be lost."""
         replica = self.replica(collection)
-        replica.state = replica.state.with_(schema={**replica.state.schema, **schema}, alarms=tuple(alarms))
+        schema = {**replica.state.schema, **told["schema"]}
+        replica.state = replica.state.hearing({**told, "schema": schema})
         return {}
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -303,7 +330,8 @@ class WorkerNode(Comparing, WorkerPlugin):
         moved = 0
         failed: dict[str, str] = {}
         began = time.monotonic()
-        for rows in replica.store.scan(frozenset(cells), vectors=True, batch=_MOVE_ROWS):
+        scan = replica.store.scan(frozenset(cells), vectors=True, batch=_MOVE_ROWS)
+        while rows := await self.read(next, scan, []):
             header = await self.read(header_of_rows, rows, state, self.backend)
             failed = await send_on(
                 self.call, state, header, me=self.address, local=replica.apply, deadline=self.apply_deadline
@@ -322,11 +350,20 @@ class WorkerNode(Comparing, WorkerPlugin):
         self, collection: str, epoch: int, required: Sequence[Sequence[int]], deadline: float
     ) -> Replica:
         replica = self.replica(collection)
-        if epoch < replica.state.epoch:
-            raise StaleEpoch(f"{self.address} is at epoch {replica.state.epoch} of {collection!r}, the read at {epoch}")
+        self._check_epoch(replica, epoch)
         if required:
             await replica.wait(offsets_from_wire(required), deadline)
+            self._check_epoch(replica, epoch)
         return replica
+
+    def _check_epoch(self, replica: Replica, epoch: int) -> None:
+        """Raise `StaleEpoch` where rows may have gone that a read of `epoch` looks for here.
+
+        Not only by a newer state: a record that was routed by one takes rows away before this worker has heard of it.
+        """
+        if epoch < replica.fence:
+            name = replica.state.spec.name
+            raise StaleEpoch(f"{self.address} is at epoch {replica.fence} of {name!r}, the read at {epoch}")
 
     async def on_search(
         self,
@@ -345,14 +382,13 @@ class WorkerNode(Comparing, WorkerPlugin):
         wanted = None if where is None else Filter.from_wire(where)
         sought = _Sought(store, limit, wanted, recall_target)
         answers = await self._gatherer.search(sought, floats_from_wire(queries))
-        if epoch < replica.state.epoch:
-            # While the search waited its turn, rows may have been dropped that others hold now.
-            raise StaleEpoch(f"{self.address} went on to epoch {replica.state.epoch} of collection {collection!r}")
-        stamp = answers[0].stamp if answers else store.view.stamp
+        self._check_epoch(replica, epoch)  # while the search waited its turn, rows may have gone that others hold now
+        moment: _Answer | View = answers[0] if answers else store.view
         return {
             "rows": [answer.rows for answer in answers],
             "scores": [answer.scores for answer in answers],
-            "applied": offsets_to_wire(stamp),
+            "applied": offsets_to_wire(moment.stamp),
+            "moved": offsets_to_wire(moment.moved),
         }
 
     async def _searched(self, sought: _Sought, queries: npt.NDArray[np.float32]) -> list[_Answer]:
@@ -369,8 +405,12 @@ class WorkerNode(Comparing, WorkerPlugin):
         deadline_s: float,
     ) -> dict[str, Any]:
         replica = await self._caught_up(collection, epoch, required, deadline_s)
-        rows, stamp = replica.store.get(ids, vectors=vectors)
-        return {"rows": rows_to_wire(rows), "applied": offsets_to_wire(stamp)}
+        rows, view = replica.store.get(ids, vectors=vectors)
+        return {
+            "rows": rows_to_wire(rows),
+            "applied": offsets_to_wire(view.stamp),
+            "moved": offsets_to_wire(view.moved),
+        }
 
     async def on_count(
         self,
@@ -430,17 +470,18 @@ class WorkerNode(Comparing, WorkerPlugin):
             trained = backend.kmeans.train(backend.xp.asarray(sample), cells, seed=0, iterations=iterations)
             return trained.get() if hasattr(trained, "get") else trained, len(sample)
 
-        centroids, rows = await asyncio.get_running_loop().run_in_executor(self._builders, _stepping_back, train)
+        centroids, rows = await asyncio.get_running_loop().run_in_executor(self._builders, stepping_back, train)
         return {"centroids": floats_to_wire(centroids), "rows": rows}
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What one query is answered: rows and scores as they are sent, and what had been applied."""
+    """What one query is answered: rows and scores as they are sent, and the moment (`View`)."""
 
     rows: list[Any]
     scores: list[float]
     stamp: Mapping[int, int]
+    moved: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,13 +496,6 @@ class _Sought:
     def search(self, queries: npt.NDArray[np.float32]) -> list[_Answer]:
         found = self.store.search(queries, self.limit, where=self.where, recall_target=self.recall_target)
         return [
-            _Answer(rows_to_wire(rows), scores, found.stamp)
+            _Answer(rows_to_wire(rows), scores, found.stamp, found.moved)
             for rows, scores in zip(found.rows, found.scores, strict=True)
         ]
-
-
-def _stepping_back(work: Callable[[], T]) -> T:
-    """Do something with only the processor time that applies and searches leave (Linux counts niceness by thread)."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    return work()

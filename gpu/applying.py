@@ -6,7 +6,7 @@ worker is told to do with a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from headrace.gpu.rows import Action, Batch
 from headrace.gpu.versions import Versions, compare
 
-__all__ = ["Decision", "Known", "decide"]
+__all__ = ["Decision", "Known", "decide", "strangers", "without_rows"]
 
 _Ints = npt.NDArray[np.int64]
 
@@ -102,6 +102,24 @@ def decide(batch: Batch, known: Known) -> Decision:
         release=np.flatnonzero(acts & hold & known.remembered),
         missing=np.flatnonzero((order >= 0) & ~same_row & keep),
         foreign=int(np.count_nonzero(crossed & heard)),
+    )
+
+
+def strangers(decision: Decision) -> _Ints:
+    """Deletions to remember of ids that have no row here: they take memory, and give none back."""
+    return np.setdiff1d(decision.remember, decision.kill, assume_unique=True)
+
+
+def without_rows(decision: Decision, batch: Batch, *, strangers_too: bool) -> Decision:
+    """What of a decision can be done where there is no room for its rows: deletions, rows that go, new cells.
+
+    The rows that it would replace stay: nothing is taken away without what comes instead. With `strangers_too`
+    deletions of ids that have no row here are left out, too.
+    """
+    kill = decision.kill[batch.actions[decision.kill] == _DROP]
+    remember = np.intersect1d(decision.remember, kill) if strangers_too else decision.remember
+    return replace(
+        decision, kill=kill, remember=remember, insert=_NONE, vector_rows=_NONE, release=_NONE, missing=_NONE
     )
 
 

@@ -168,8 +168,9 @@ class IndexKind(Protocol):
     def search(self, index: Any, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
         """As `Exact.search`, approximately: the rows may not be the best ones, their scores are exact. Thread-safe.
 
-        `allowed` is applied inside the index; where it leaves so few rows that scoring all of them is cheaper, that is
-        done. A query gets fewer than `k` rows only if fewer are allowed.
+        Among the `allowed` rows as exactly as among all (see `headrace.gpu.filtered`); where they are so few that
+        scoring all of them is cheaper, that is done. A query gets fewer than `k` rows only if fewer are allowed. An
+        `effort` of at least the number of rows is an exact search.
 
         Parameters
         ----------

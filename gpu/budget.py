@@ -17,6 +17,8 @@ from headrace.gpu.index_spec import BuildParams
 __all__ = ["Budget", "job_bytes"]
 
 _KEPT_SHARE = 8
+_TIGHT_SHARE = 3
+"""What is free of the limit, in shares of `Budget.kept`, before room is no longer short once rows were refused."""
 _PER_ROW = 128
 
 
@@ -37,6 +39,7 @@ class Budget:
         self._lock = threading.RLock()
         self._held: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._working = 0
+        self._refused = 0
 
     @property
     def held(self) -> int:
@@ -72,15 +75,42 @@ class Budget:
         with self._lock:
             self._held[store] = size
 
-    def admit(self, more: int) -> None:
-        """Raise `StoreFull` if `more` bytes of rows would not leave what is kept for maintenance."""
+    @property
+    def lacking(self) -> bool:
+        """Would the rows that were refused last be refused again?"""
+        return self.limit is not None and bool(self._refused) and self.held + self._refused > self.limit - self.kept
+
+    @property
+    def tight(self) -> bool:
+        """Were rows refused, with less than three eighths of the limit free ever since?"""
+        if self._refused and self.limit is not None and self.held <= self.limit - _TIGHT_SHARE * self.kept:
+            self._refused = 0
+        return bool(self._refused)
+
+    def admit(self, rows: int, deletions: int = 0) -> None:
+        """Raise `StoreFull` if there is no room for so many more bytes.
+
+        Parameters
+        ----------
+        rows : int
+            Of rows; they leave alone what is kept for maintenance.
+        deletions : int
+            Of deletions to remember: they may take that too, because Kafka is read in order, and records that make
+            room may lie behind them. By themselves they are forgotten again as soon as all workers have applied them.
+        """
         if self.limit is None:
             return
         held = self.held
-        if held + more > self.limit - self.kept:
+        if rows and held + rows + deletions > self.limit - self.kept:
+            self._refused = rows + deletions
             raise StoreFull(
-                f"no room for {more:,} more bytes of rows: {held:,} of store.memory-limit {self.limit:,} are held, and "
-                f"{self.kept:,} are kept for merging; add a worker or raise the limit"
+                f"no room for {rows + deletions:,} more bytes of rows: {held:,} of store.memory-limit {self.limit:,} "
+                f"are held, and {self.kept:,} are kept for merging; add a worker or raise the limit"
+            )
+        if deletions and held + deletions > self.limit:
+            raise StoreFull(
+                f"no room to remember deletions, {deletions:,} more bytes: {held:,} of store.memory-limit "
+                f"{self.limit:,} are held; they are forgotten when no rows move any more; raise the limit if that lasts"
             )
 
     @contextlib.contextmanager
@@ -96,6 +126,26 @@ class Budget:
             if granted:
                 with self._lock:
                     self._working -= size
+
+    @contextlib.contextmanager
+    def load(self, size: int) -> Iterator[None]:
+        """Take `size` bytes for what is read from files while the context lasts; `StoreFull` if there is no room.
+
+        What is kept for maintenance may be used: it is given back at once.
+        """
+        with self._lock:
+            held = self.held + self._working
+            if self.limit is not None and held + size > self.limit:
+                raise StoreFull(
+                    f"no room to read {size:,} bytes: {held:,} of store.memory-limit {self.limit:,} are taken; add a "
+                    "worker or raise the limit"
+                )
+            self._working += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working -= size
 
 
 def job_bytes(params: BuildParams, rows: int, dim: int, columns: int) -> int:

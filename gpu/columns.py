@@ -145,6 +145,17 @@ class Columns:
                 part.lack(count)
         self._count += count
 
+    def growth(self, attributes: Mapping[str, Sequence[Any]], count: int) -> int:
+        """Bytes that `append` would add to `nbytes`, at most: also of columns that lack a value, and of new texts."""
+        grown = sum(part.growth(count, attributes.get(name, ())) for name, part in self._parts.items())
+        for name in attributes.keys() - self._parts.keys():
+            first = next((value for value in attributes[name] if value is not None), None)
+            if first is not None:  # else there is no such column yet
+                kind = _KINDS.get(type(first), "float")
+                part = _Part(self._xp, kind, GrowingVocabulary() if kind == "str" else None)
+                grown += part.nbytes + part.growth(2 * (self._count + count), attributes[name])  # it doubles
+        return grown
+
     def _types(self, name: str, values: Sequence[Any], count: int) -> set[type]:
         if len(values) != count:
             raise RecordError(f"attribute {name!r} has {len(values)} values for {count} rows: pass one for each")
@@ -212,6 +223,11 @@ class _Part:
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.valid.nbytes + (self.vocabulary.nbytes if self.vocabulary else 0)
+
+    def growth(self, more: int, values: Sequence[Any]) -> int:
+        """Bytes that appending `more` rows would add, of which `values` are there."""
+        texts = self.vocabulary.growth(values) if isinstance(self.vocabulary, GrowingVocabulary) else 0
+        return self.values.growth(more) + self.valid.growth(more) + texts
 
     def encode(self, values: Sequence[Any], absent: bool) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
         """Host arrays of the values and of which are there (None: all)."""

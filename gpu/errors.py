@@ -12,6 +12,8 @@
     ├── RecordError             a record the caller handed in cannot be written (wrong dimension, no id …)
     ├── FilterError             a search's filter cannot be read, or does not fit the columns; shows the place
     ├── StoreFull               a worker's memory limit is reached; writes wait until there is room again
+    ├── SnapshotError           a snapshot cannot be written or read where it is kept
+    │   └── SnapshotDamaged     one of its files is missing, changed, or of another collection
     ├── BrokerError             Kafka cannot be reached or refuses
     │   ├── TopicError          the topic is missing or has another number of topic partitions
     │   └── ProduceError        a record was not acknowledged
@@ -39,6 +41,8 @@ __all__ = [
     "HeadraceError",
     "ProduceError",
     "RecordError",
+    "SnapshotDamaged",
+    "SnapshotError",
     "StaleEpoch",
     "StoreFull",
     "TopicError",
@@ -87,6 +91,14 @@ class FilterError(HeadraceError, ValueError):
 
 class StoreFull(HeadraceError, MemoryError):
     """A worker's memory limit is reached: what would add rows is tried again until there is room."""
+
+
+class SnapshotError(HeadraceError):
+    """A snapshot cannot be written or read: the message names the place and the cure."""
+
+
+class SnapshotDamaged(SnapshotError):
+    """A file of a snapshot is missing, changed, or of another collection: take another snapshot."""
 
 
 class BrokerError(HeadraceError, ConnectionError):

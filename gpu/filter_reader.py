@@ -21,6 +21,7 @@ MAX_TESTS = 256
 _SIGNS: Mapping[type[ast.cmpop], str] = {
     ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
 }  # fmt: skip
+_METHODS = "texts have .startswith('…') and .endswith('…')"
 _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -152,7 +153,7 @@ class _Reader:
 
     def _method(self, node: ast.Call, function: ast.Attribute, negated: bool) -> Test:
         if function.attr not in ("startswith", "endswith"):
-            self._refuse(node, f".{function.attr}() cannot be: texts have .startswith('…') and .endswith('…')")
+            self._refuse(node, f".{function.attr}() cannot be: {_METHODS}")
         column = self._column(function.value)
         if column is None or column.kind != "str":
             self._refuse(function.value, f".{function.attr}() needs a column that holds texts")
@@ -187,6 +188,10 @@ class _Reader:
                 name = argument.value
             case ast.Call(func=ast.Name(id=other)):
                 self._refuse(node, f'{other}() is not known: a filter has col("name") only')
+            case ast.Call(func=ast.Attribute(attr=method)):
+                if method in ("startswith", "endswith"):
+                    self._refuse(node, f".{method}() is a condition by itself: compare it with nothing")
+                self._refuse(node, f".{method}() cannot be: {_METHODS}")
             case ast.Attribute():
                 name = self._dotted(node)
                 hint = f': write col("{name}")' if name in self.schema else ""
@@ -207,6 +212,11 @@ class _Reader:
         return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
     def _unknown(self, name: str) -> str:
+        if name in ("id", "_id", "key"):
+            return (
+                f"column {_short(name)} is not known: ids are not attributes: read rows by id with get(ids); to "
+                "filter by them write them into the records as an attribute, too"
+            )
         if not self.schema:
             return (
                 f"column {_short(name)} is not known, and no other is yet: records bring columns, or "

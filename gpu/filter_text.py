@@ -165,6 +165,11 @@ def _wrong(token: _Token, columns: Collection[str]) -> str:
 
 
 def _check_escapes(text: str, token: _Token) -> None:
+    for at, letter in enumerate(token.text):
+        if letter == "\0" or "\ud800" <= letter <= "\udfff":
+            what = "a NUL" if letter == "\0" else "half of a character (a lone surrogate)"
+            why = f"this text holds {what}: write it as {ascii(letter)[1:-1]!s}"
+            raise refusal(text, token.start + at, token.start + at + 1, why)
     at = 0
     while (at := token.text.find("\\", at)) >= 0:
         match = _ESCAPE.match(token.text, at)

@@ -24,6 +24,7 @@ __all__ = ["IdColumn", "hash_ids", "row_digests"]
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 
+_PER_REFERENCE = 9  # of a list, with what it reserves ahead
 _GOLDEN = np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
@@ -168,6 +169,12 @@ class IdColumn:
         # Hashes first: a row exists from the moment its text does.
         self._hashes.append(hashes)
         self._texts.extend(ids)  # type: ignore[union-attr, arg-type]
+
+    def growth(self, ids: Sequence[Id]) -> int:
+        """Bytes that appending `ids` would add to `nbytes`, their texts' own included."""
+        if self.kind == "integer":
+            return self._integers.growth(len(ids))
+        return self._hashes.growth(len(ids)) + sum(map(sys.getsizeof, ids)) + _PER_REFERENCE * len(ids)
 
     def to_list(self, rows: Rows | None = None) -> list[Id]:
         """Ids of `rows` (integers (r,), each in 0..len - 1), in that order; None: of all rows."""

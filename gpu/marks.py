@@ -64,6 +64,12 @@ class Marks:
         self._alive[rows] = False
         self.live -= len(rows)
 
+    def revive(self, rows: npt.NDArray[np.int64]) -> None:
+        """Rows that are dead, each named once, come alive."""
+        self._alive = self._alive.copy()
+        self._alive[rows] = True
+        self.live += len(rows)
+
     def relabel(self, rows: npt.NDArray[np.int64], cells: npt.NDArray[np.int32]) -> None:
         """Rows get new cells."""
         self._cells = self._cells.copy()

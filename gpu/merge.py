@@ -2,9 +2,12 @@
 
 Tiered by size, as in Tantivy's `LogMergePolicy` and Lucene's `TieredMergePolicy`, with what a vector store needs and
 they do not have: a full growing segment is merged straight into its tier instead of being indexed by itself first, and
-a job that would not fit into memory is not planned. Ingesting a million rows that are sealed at 16,384 writes each row
-2.5 times and leaves 4.4 segments to search on average. Simulated over the same stream, Tantivy's policy writes 1.9
-times and leaves 6.9, Lucene's 1.8 and 8.9; Qdrant's (merge the three smallest above a target, here two) 16.7 and 1.5.
+a job that would not fit into memory is not planned. Where rows are refused for lack of room, segments are rewritten for
+fewer deleted rows than otherwise, what gives back most first.
+
+Ingesting a million rows that are sealed at 16,384 writes each row 2.5 times and leaves 4.4 segments to search on
+average. Simulated over the same stream, Tantivy's policy writes 1.9 times and leaves 6.9, Lucene's 1.8 and 8.9;
+Qdrant's (merge the three smallest above a target, here two) 16.7 and 1.5.
 `tests/gpu/test_merge_amplification.py` holds these figures.
 """
 
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 
 from headrace.gpu.errors import ConfigError
 
-__all__ = ["MergePolicy", "SegmentSize", "plan", "settle"]
+__all__ = ["MergePolicy", "SegmentSize", "make_room", "plan", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,25 @@ class SegmentSize:
         A former growing segment that waits for its index. The order of frozen segments is that of their age.
     job_bytes : int
         What writing its live rows anew takes until the old segment can go.
+    held : int
+        Bytes that it holds, its deleted rows' included.
     """
 
     rows: int
     live: int
     frozen: bool = False
     job_bytes: int = 0
+    held: int = 0
+
+    @property
+    def dead_share(self) -> float:
+        """Deleted rows as a share of all that were written."""
+        return (self.rows - self.live) / self.rows if self.rows else 0.0
+
+    @property
+    def gain(self) -> float:
+        """Bytes given back for each byte of the work that rewriting it takes; where that is none, more than any."""
+        return self.held * self.dead_share / self.job_bytes if self.job_bytes else float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +117,22 @@ def plan(sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = N
         if together:
             return together
     for position, size in enumerate(sizes):
-        if size.rows and (size.rows - size.live) / size.rows > policy.dead_share and fits.one(position):
+        if size.dead_share > policy.dead_share and fits.one(position):
             return [position]
     return tiers[0] if tiers else []
+
+
+def make_room(sizes: Sequence[SegmentSize], dead_share: float, room: int | None = None) -> list[int]:
+    """The position of the segment to rewrite where rows are refused for lack of room; empty if none gives back enough.
+
+    Of those with at least `dead_share` of deleted rows and work that fits, the one that gives back most per byte of it.
+    """
+    worth = [
+        position
+        for position, size in enumerate(sizes)
+        if size.rows > size.live and size.dead_share >= dead_share and (room is None or size.job_bytes <= room)
+    ]
+    return [max(worth, key=lambda position: sizes[position].gain)] if worth else []
 
 
 def settle(sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = None) -> list[int]:

@@ -43,17 +43,18 @@ def search(
             parts.append(part)
             answers.append(part.segment.search(allowed, device, k, recall_target, len(part.alive)))
     if not parts:
-        return Found([[] for _ in queries], [[] for _ in queries], view.stamp)
+        return Found([[] for _ in queries], [[] for _ in queries], view.stamp, view.moved)
     scores, rows, owner = _best([(to_host(score), to_host(row)) for score, row in answers], k, metric)
     if rows[:, -1].min() >= 0:  # the way of almost every search
         found = _materialised(parts, rows, owner)
-        return Found([found[at : at + k] for at in range(0, len(found), k)], scores.tolist(), view.stamp)
+        return Found([found[at : at + k] for at in range(0, len(found), k)], scores.tolist(), view.stamp, view.moved)
     counts = np.count_nonzero(rows >= 0, axis=1).tolist()
     found = _materialised(parts, rows, owner)
     return Found(
         [found[at * k : at * k + count] for at, count in enumerate(counts)],
         [row[:count] for row, count in zip(scores.tolist(), counts, strict=True)],
         view.stamp,
+        view.moved,
     )
 
 

@@ -68,6 +68,11 @@ class Remembered:
         self.count += len(ids)
         return places_of(REMEMBERED, np.arange(first, last))
 
+    def growth(self, ids: Sequence[Id]) -> int:
+        """Bytes that `add` of these ids would add to `nbytes`."""
+        flags = len(self._used) + 1024 if len(self.ids) + len(ids) > len(self._used) else 0
+        return self.ids.growth(ids) + self._versions.growth(len(ids)) + flags
+
     def renew(self, rows: _Ints, versions: Versions) -> None:
         """A newer version of ids that are remembered."""
         self._versions.all.put(rows, versions)
@@ -79,9 +84,9 @@ class Remembered:
         if len(self.ids) > 2 * max(self.count, _FEW):
             self._keep(np.flatnonzero(self._used[: len(self.ids)]))
 
-    def forget(self, stable: Mapping[int, int]) -> None:
-        """Drop what is below `stable`; seldom, because all are looked at."""
-        if self.count < self._limit:
+    def forget(self, stable: Mapping[int, int], *, now: bool = False) -> None:
+        """Drop what is below `stable`; seldom, because all are looked at, or `now`, because memory is short."""
+        if self.count < self._limit and not (now and self.count):
             return
         rows = np.flatnonzero(self._used[: len(self.ids)])
         versions = self.versions(rows)
@@ -89,6 +94,9 @@ class Remembered:
         for partition, offset in stable.items():
             kept &= (versions.topic_partitions != partition) | (versions.offsets >= offset)
         gone = rows[~kept]
+        if not len(gone):
+            self._limit = max(self._limit, 2 * self.count)
+            return
         self._directory.forget(self.ids.hashes(gone), places_of(REMEMBERED, gone))
         self._keep(rows[kept])
         self._limit = max(_FEW, 2 * self.count)

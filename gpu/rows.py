@@ -108,8 +108,9 @@ class StoredRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Answer to a batch of queries: for each, rows best first and their scores; and the view's stamp."""
+    """Answer to a batch of queries: for each, rows best first and their scores; and the view's stamp and `moved`."""
 
     rows: list[list[StoredRow]]
     scores: list[list[float]]
     stamp: Mapping[int, int]
+    moved: Mapping[int, int]

@@ -7,6 +7,8 @@ them (`headrace.gpu.marks`). A `SegmentView` is one moment of both: a search tha
 from __future__ import annotations
 
 import itertools
+import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from headrace.gpu.backend import Array, Backend
 from headrace.gpu.buffers import Buffer
-from headrace.gpu.calibrate import Calibration
+from headrace.gpu.calibrate import EXACT, Calibration
 from headrace.gpu.columns import Columns
 from headrace.gpu.ids import IdColumn
 from headrace.gpu.index_spec import BuildParams
@@ -24,6 +26,10 @@ from headrace.gpu.rows import Id
 from headrace.gpu.versions import VersionBuffer, Versions
 
 __all__ = ["Growing", "Sealed", "Segment", "SegmentView", "View"]
+
+log = logging.getLogger("headrace.gpu")
+
+_FEW_ROWS = 4096  # of which an exact search takes no longer than one by an index
 
 _serial = itertools.count(1)
 
@@ -117,9 +123,11 @@ class Growing(Segment):
         self._vectors.append(self._backend.xp.asarray(vectors))
         return first
 
-    def growth(self, more: int) -> int:
-        """Bytes that the fixed columns of `more` rows will take; ids and attributes not counted."""
-        return self._vectors.growth(more) + self._versions.growth(more)
+    def growth(self, ids: Sequence[Id], attributes: Mapping[str, Sequence[Any]]) -> int:
+        """Bytes that appending rows with these ids and attributes would add to `nbytes`, texts included."""
+        more = len(ids)
+        fixed = self._vectors.growth(more) + self._versions.growth(more)
+        return fixed + self.ids.growth(ids) + self.columns.growth(attributes, more)
 
     def search(
         self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
@@ -148,6 +156,15 @@ class Sealed(Segment):
         Recall by effort of this very index.
     ids, versions, columns
         Row r is row r of the index.
+    uid : str, optional
+        Of the segment it was loaded from; by default a new one.
+
+    Attributes
+    ----------
+    uid : str
+        32 hexadecimal digits by which it is known in snapshots.
+    kept : dict of str to str
+        URLs of the places where this process knows it to be kept, and its manifest's checksum there.
     """
 
     def __init__(
@@ -159,8 +176,12 @@ class Sealed(Segment):
         ids: IdColumn,
         versions: Versions,
         columns: Columns,
+        *,
+        uid: str = "",
     ) -> None:
         super().__init__()
+        self.uid = uid or uuid.uuid4().hex
+        self.kept: dict[str, str] = {}
         self._kind = backend.kinds[params.kind]
         self._xp = backend.xp
         self.params, self.index, self.calibration = params, index, calibration
@@ -178,6 +199,32 @@ class Sealed(Segment):
         self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
     ) -> tuple[Array, Array]:
         return self._kind.search(self.index, allowed, queries, k, effort=self.calibration.effort(recall_target))
+
+    def promise(self, recall_target: float) -> dict[str, Any]:
+        """What a search gets: its calibrated ``recall``, the ``effort`` (None: it is exact), and ``reached``: the
+        highest recall that any effort was seen to reach.
+        """
+        effort = self.calibration.effort(recall_target)
+        exact = effort in (0, EXACT)
+        recall = round(self.calibration.recall(effort), 4)
+        return {"recall": recall, "effort": None if exact else effort, "reached": round(self.calibration.best, 4)}
+
+    def warn(self, recall_target: float) -> None:
+        """Say so in the log if no effort was seen to reach the target; to be called once."""
+        if self.calibration.best < recall_target:
+            log.log(
+                logging.WARNING if len(self) >= _FEW_ROWS else logging.DEBUG,
+                "segment %s, %d rows behind %s: the highest effort tried, %d, reaches a recall of %.3f, not %g. It is "
+                "searched exactly, which takes longer: ask for less (recall_target), build better (%s), or take "
+                "index='flat'",
+                self.uid[:8],
+                len(self),
+                self.params.kind,
+                self.calibration.pairs[-1][0],
+                self.calibration.best,
+                recall_target,
+                "more graph_degree and graph_effort" if self.params.kind == "graph" else "more pq_dim and pq_bits",
+            )
 
     def vectors_of(self, rows: npt.NDArray[np.int64]) -> Array:
         return self._kind.vectors(self.index, self._xp.asarray(rows))
@@ -217,8 +264,12 @@ class View:
         What the writer said it had applied: topic partition to first offset not applied yet.
     rows : int
         Live rows.
+    moved : mapping of int to int
+        Topic partition to the offset behind the last record that took a row away from here because its id lives
+        elsewhere now. Who lacks one of these records may not know yet of a row that is not here any more.
     """
 
     segments: tuple[SegmentView, ...]
     stamp: Mapping[int, int]
     rows: int
+    moved: Mapping[int, int]

@@ -6,34 +6,40 @@ and `headrace.gpu.maintenance` tidies up.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.gpu import reading, usage
-from headrace.gpu.applying import decide
+from headrace.gpu.applying import Decision, decide, strangers, without_rows
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
 from headrace.gpu.digests import DigestedRows, digested
-from headrace.gpu.errors import ConfigError, StoreFull
+from headrace.gpu.errors import ConfigError, RecordError, StoreFull
 from headrace.gpu.filters import Filter
 from headrace.gpu.ids import hash_ids
 from headrace.gpu.index_spec import IndexSpec
 from headrace.gpu.maintenance import Maintenance, seal_rows_that_fit
+from headrace.gpu.marks import Marks
+from headrace.gpu.packed_text import chunks
 from headrace.gpu.places import by_segment, rows_of
 from headrace.gpu.rows import DELETED, Action, Applied, Batch, Found, Id, StoredRow
-from headrace.gpu.segments import Growing, View
+from headrace.gpu.segments import Growing, Sealed, View
 from headrace.gpu.store_settings import StoreSettings
 from headrace.gpu.table import Table
 
 __all__ = ["Applied", "Found", "Store", "StoreSettings", "StoredRow", "View"]
 
-_HOLD = int(Action.HOLD)
+_DROP, _HOLD = int(Action.DROP), int(Action.HOLD)
 _PER_ID = 64
-_PER_VALUE = 32
+_PAUSE = 0.001  # a lock that is taken again at once is seldom had by those who wait for it
 
 
 class Store:
@@ -74,9 +80,9 @@ class Store:
             raise ConfigError(f"unknown kind of ids {ids!r}: use 'string' or 'integer'")
         settings = settings or StoreSettings()
         self.dim, self.metric, self.index, self.ids = dim, metric, index, ids
-        self._backend = backend
+        self.backend = backend
         self._budget = budget or Budget(settings.memory_limit, settings.maintenance_memory)
-        self._full = False
+        self._full = ""  # what was refused last, and not accepted since
         seal_rows = seal_rows_that_fit(settings.seal_rows, index, dim, self._budget)
         self._table = Table(lambda: Growing(backend, dim, metric, index.dtype, ids, seal_rows), seal_rows, ids)
         self._maintenance = Maintenance(
@@ -93,7 +99,9 @@ class Store:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def apply(self, batch: Batch, stamp: Mapping[int, int] | None = None) -> Applied:
+    def apply(
+        self, batch: Batch, stamp: Mapping[int, int] | None = None, *, gaps: bool = False, relabel: bool = True
+    ) -> Applied:
         """Apply a header: per id the highest version wins; anything known already changes nothing.
 
         Parameters
@@ -102,6 +110,12 @@ class Store:
             Each id at most once.
         stamp : mapping of int to int, optional
             Becomes visible together with the rows.
+        gaps : bool
+            Older records may still come after this batch: what it sends elsewhere counts as `View.moved` even where
+            there is no row yet that goes.
+        relabel : bool
+            A row that is here at just this version takes over the batch's cell. Not for rows out of a snapshot: their
+            cells may be older.
 
         Returns
         -------
@@ -113,25 +127,55 @@ class Store:
         ValueError
             There is not one vector of `dim` numbers for each row to hold, or a number is too large for float16.
         RecordError
-            An attribute is not of its column's kind.
-        StoreFull
-            Rows to hold would pass the memory limit.
+            An attribute is not of its column's kind, or an id is in the batch twice.
 
-            After any of these nothing has been changed.
+            After either of these nothing has been changed.
+        StoreFull
+            Rows to hold would pass the memory limit. No row has been written or replaced, and the stamp is the one
+            before. But what the batch takes away has gone, because that makes room: doing it again changes nothing.
         """
         self._check(batch)
         hashes = hash_ids(batch.ids, self.ids)
+        if len(set(batch.ids)) < len(batch.ids):
+            twice = next(id_ for id_, times in Counter(batch.ids).items() if times > 1)
+            raise RecordError(f"the id {repr(twice)[:60]} is in one batch twice: keep its last record only")
         table = self._table
         with table.lock:
             entries, places, known = table.known(hashes, batch.ids)
             if batch.instead is not None:  # in a damaged store a dead row may still be known
                 known = replace(known, live=table.cells_of(places) != DELETED)
             decision = decide(batch, known)
-            if len(decision.insert):
-                self._admit(batch, len(decision.insert))
-            table.carry_out(decision, batch, hashes, entries, places)
-            table.publish(stamp)
+            if not relabel:
+                decision = replace(decision, relabel=decision.relabel[:0])
+            decision, refused = self._admit(batch, decision)
+            # A batch that is tried again and again must not look like writing: a store that rests tidies up.
+            if refused is None or len(decision.kill) or len(decision.remember) or len(decision.relabel):
+                table.carry_out(decision, batch, hashes, entries, places)
+                self._note_moved(batch, None if gaps else decision.kill)
+                table.publish(stamp if refused is None else None)
+        if refused is not None:
+            raise refused
         return Applied(len(decision.insert), len(decision.kill), decision.foreign, tuple(decision.missing.tolist()))
+
+    def note_moved(self, below: Mapping[int, int]) -> None:
+        """Any record below these offsets may have taken a row away from here (`View.moved`).
+
+        So it is when a part of a snapshot has been read: parts are written at different moments, and a row that changed
+        its cell between them is in none until the log has been read again.
+        """
+        if below:
+            with self._table.lock:
+                self._table.note_moved(np.array(list(below)), np.array(list(below.values())) - 1)
+                self._table.publish()
+
+    def _note_moved(self, batch: Batch, killed: npt.NDArray[np.int64] | None) -> None:
+        """Of the batch's rows, or of those that `killed` one here, the ones whose ids live elsewhere now."""
+        if killed is not None and not len(killed):
+            return
+        away = (batch.actions == _DROP) & (batch.cells != DELETED)
+        at = np.flatnonzero(away) if killed is None else killed[away[killed]]
+        if len(at):
+            self._table.note_moved(batch.topic_partitions[at], batch.offsets[at])
 
     def _check(self, batch: Batch) -> None:
         held = int(np.count_nonzero(batch.actions == _HOLD))
@@ -142,18 +186,51 @@ class Store:
             if largest > float(np.finfo(np.float16).max):
                 raise ValueError(f"a vector has the number {largest:g}, too large for float16: use dtype float32")
 
-    def _admit(self, batch: Batch, rows: int) -> None:
-        """Raise `StoreFull` if there is no room for `rows` rows of `batch`."""
+    def _admit(self, batch: Batch, decision: Decision) -> tuple[Decision, StoreFull | None]:
+        """What of a decision there is room for: all of it, or what needs none and why the rest is refused."""
+        if self._budget.limit is None or not (len(decision.insert) or len(decision.remember)):
+            return decision, None
+        try:
+            self._room_for(self._growth(batch, decision), self._deletions(batch, strangers(decision)))
+        except StoreFull as error:
+            refused = error
+        else:
+            return decision, None
+        rest = without_rows(decision, batch, strangers_too=False)
+        try:
+            self._room_for(0, self._deletions(batch, strangers(rest)))
+        except StoreFull as error:
+            return without_rows(decision, batch, strangers_too=True), error
+        return rest, refused
+
+    def _growth(self, batch: Batch, decision: Decision) -> int:
+        """Bytes that the rows to insert will take."""
+        at, held = decision.insert.tolist(), decision.vector_rows.tolist()
+        if not at:
+            return 0
+        attributes: Mapping[str, Sequence[Any]] = batch.attributes
+        if len(held) < len(batch.vectors):
+            attributes = {name: [values[row] for row in held] for name, values in attributes.items()}
+        ids = batch.ids if len(at) == len(batch.ids) else [batch.ids[row] for row in at]
+        return self._table.growing.growth(ids, attributes) + _PER_ID * len(at)
+
+    def _deletions(self, batch: Batch, at: npt.NDArray[np.int64]) -> int:
+        """Bytes that remembering the deletions at these positions will take."""
+        ids = [batch.ids[row] for row in at.tolist()]
+        return self._table.remembered.growth(ids) + _PER_ID * len(ids) if ids else 0
+
+    def _room_for(self, rows: int, deletions: int = 0) -> None:
+        """Raise `StoreFull` if there is no room for so many more bytes."""
         if self._budget.limit is None:
             return
         self._budget.holds(self._table, usage.held(self._table))
-        more = self._table.growing.growth(rows) + rows * (_PER_ID + _PER_VALUE * len(batch.attributes))
         try:
-            self._budget.admit(more)
+            self._budget.admit(rows, deletions)
         except StoreFull:
-            self._full = True
+            self._full = "rows" if rows else "deletions"
             raise
-        self._full = False
+        if rows or self._full == "deletions":
+            self._full = ""
 
     def forget(self, stable: Mapping[int, int]) -> None:
         """Drop remembered deletions below `stable`: offsets below which nothing older will be delivered any more.
@@ -161,12 +238,75 @@ class Store:
         Not to be called while rows move between workers: a moved row carries an old version.
         """
         with self._table.lock:
-            self._table.remembered.forget(stable)
+            self._table.remembered.forget(stable, now=bool(self._full))
 
-    def drop_cells(self, keep: frozenset[int]) -> int:
-        """Remove the rows of all cells that are not in `keep`; returns how many."""
+    def adopt(self, sealed: Sealed, marks: Marks) -> int:
+        """Take over a sealed segment that was read from a snapshot, with its index; returns the rows that are new.
+
+        Per id the highest version wins: rows that are known here in the same or a newer version, or remembered as
+        deleted in a newer one, come in dead; older ones here die. Row by row the old and the new one change places at
+        once; all rows are visible when this returns. The lock is taken for some thousand rows at a time.
+
+        Parameters
+        ----------
+        sealed : Sealed
+        marks : Marks
+            Which of its rows are to be alive, and their cells.
+
+        Raises
+        ------
+        StoreFull
+            It would pass the memory limit; nothing has been changed.
+        RecordError
+            A column is of another kind here; nothing has been changed.
+        """
+        table = self._table
+        with table.lock:
+            size = sum(sealed.nbytes().values()) + marks.nbytes + marks.live * _PER_ID
+            self._room_for(size)
+            table.begin_adopting(sealed, marks.cells)
+        try:
+            for rows in chunks(np.flatnonzero(marks.alive)):
+                ids, hashes = sealed.ids.to_list(rows), sealed.ids.hashes(rows)
+                with table.lock:
+                    table.adopt(sealed, rows, hashes, ids)
+                time.sleep(_PAUSE)
+        finally:
+            with table.lock:
+                taken = table.end_adopting(sealed)
+                table.publish()
+        sealed.warn(self.index.recall_target)
+        return taken
+
+    @contextmanager
+    def loading(self, size: int, *, stays: bool) -> Iterator[None]:
+        """Count `size` bytes that are read from files as taken for the length of the block.
+
+        Parameters
+        ----------
+        size : int
+        stays : bool
+            What is read is to be adopted: there must be room for it afterwards, too.
+
+        Raises
+        ------
+        StoreFull
+            There is no room.
+        """
         with self._table.lock:
-            dropped = self._table.drop(np.fromiter(keep, dtype=np.int32, count=len(keep)))
+            self._budget.holds(self._table, usage.held(self._table))
+            if stays:
+                self._room_for(size)
+        with self._budget.load(size):
+            yield
+
+    def drop_cells(self, keep: frozenset[int], at_most: int | None = None) -> int:
+        """Remove the rows of all cells that are not in `keep`; returns how many.
+
+        Takes 0.4 us for each: with `at_most` so many and no more, for a caller that others wait for meanwhile.
+        """
+        with self._table.lock:
+            dropped = self._table.drop(np.fromiter(keep, dtype=np.int32, count=len(keep)), at_most)
             self._table.publish()
         return dropped
 
@@ -205,17 +345,31 @@ class Store:
             an eighth; 64 queries 18.7, 1.6 and 5.1 ms. Over a quarter and more, picking the rows costs up to twice
             what it saves.
         recall_target : float, optional
-            By default the index's own.
+            By default the index's own. A segment that was not seen to reach it is searched exactly.
+
+        Raises
+        ------
+        ConfigError
+            `k` is below 1, or `recall_target` is not above 0 and at most 1.
+        ValueError
+            The queries have another shape.
         """
         target = self.index.recall_target if recall_target is None else recall_target
-        return reading.search(self.view, self._backend, self.metric, queries, k, target, where, cells)
+        asked: Any = k
+        if isinstance(asked, bool) or not isinstance(asked, Integral) or asked < 1:
+            raise ConfigError(f"k is {k!r}: ask for a whole number of rows, at least 1")
+        if not 0 < target <= 1:
+            raise ConfigError(f"recall_target is {target!r}: give a number above 0 and at most 1, such as 0.95")
+        if np.ndim(queries) != 2 or np.shape(queries)[1] != self.dim:
+            raise ValueError(f"queries have shape {np.shape(queries)}: give (q, {self.dim}), one row for each")
+        return reading.search(self.view, self.backend, self.metric, queries, k, target, where, cells)
 
-    def get(self, ids: Sequence[Id], *, vectors: bool = False) -> tuple[list[StoredRow | None], Mapping[int, int]]:
-        """Rows by id, None where an id is not here; and the stamp of the moment they were read."""
+    def get(self, ids: Sequence[Id], *, vectors: bool = False) -> tuple[list[StoredRow | None], View]:
+        """Rows by id, None where an id is not here; and the view of the moment they were read."""
         hashes = hash_ids(ids, self.ids)
         with self._table.lock:
             _, places, known = self._table.known(hashes, ids)
-            stamp = self._table.view.stamp
+            view = self._table.view
             parts = {serial: part.view for serial, part in self._table.parts.items()}
         found: list[StoredRow | None] = [None] * len(ids)
         here = np.flatnonzero(known.live)
@@ -224,7 +378,7 @@ class Store:
             rows = reading.rows_of_part(parts[serial], rows_of(places[at]), vectors=vectors)
             for position, row in zip(at.tolist(), rows, strict=True):
                 found[position] = row
-        return found, stamp
+        return found, view
 
     def heard(self, ids: Sequence[Id]) -> tuple[list[tuple[int, int, int, int] | None], Mapping[int, int]]:
         """What is known of each id, and the stamp of the moment: topic partition, offset, timestamp and the row's cell
@@ -250,7 +404,7 @@ class Store:
 
     def cell_sizes(self, where: Filter | None = None) -> dict[int, int]:
         """Live rows by cell; only those that pass `where`."""
-        return reading.cell_sizes(self.view, self._backend, where)
+        return reading.cell_sizes(self.view, self.backend, where)
 
     def digests(self) -> tuple[dict[int, tuple[int, int]], Mapping[int, int]]:
         """Per cell, rows and the order-free sum of `row_digests`, computed from the rows; and the view's stamp."""
@@ -264,16 +418,17 @@ class Store:
     def statistics(self) -> dict[str, Any]:
         """`headrace.gpu.usage.statistics`, and under ``memory`` the worker's budget.
 
-        ``memory`` has, in bytes, ``held`` by this store, by ``all`` stores of the worker, ``working`` (taken by sealing
-        and merging), the ``limit`` or None; and whether the last rows were refused as ``full``.
+        ``rewriting`` is how many segments are being sealed or merged now. ``memory`` has, in bytes, ``held`` by this
+        store, by ``all`` stores of the worker, ``working`` (taken by sealing and merging), the ``limit`` or None; and
+        whether the last rows, or deletions, were refused as ``full``.
         """
         with self._table.lock:
-            told = usage.statistics(self._table)
+            told = usage.statistics(self._table, self.index.recall_target)
         held = sum(told["bytes"].values())
         budget = self._budget
         budget.holds(self._table, held)
         memory = {"held": held, "all": budget.held, "working": budget.working, "limit": budget.limit}
-        return {**told, "memory": {**memory, "full": self._full}}
+        return {**told, "rewriting": self._maintenance.rewriting, "memory": {**memory, "full": bool(self._full)}}
 
     # -- in the background ---------------------------------------------------------------------------------------------
 
@@ -287,8 +442,9 @@ class Store:
     def maintain(self, *, settle: bool = False) -> bool:
         """Rewrite the segments that the policy names into one sealed segment; False when there is nothing to do.
 
-        Runs for seconds on the calling thread, which must not be an event loop; one run at a time. Rows that die or
-        change their cell meanwhile are carried over at the swap.
+        Runs for seconds on the calling thread, which must not be an event loop. A second thread may call it meanwhile:
+        it seals what waits for its index, and leaves merging to the first. Rows that die or change their cell meanwhile
+        are carried over at the swap.
 
         Parameters
         ----------

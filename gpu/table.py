@@ -16,11 +16,12 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from headrace.gpu.applying import Decision, Known
+from headrace.gpu.applying import Decision, Known, decide
+from headrace.gpu.errors import RecordError
 from headrace.gpu.marks import Marks
 from headrace.gpu.places import Directory, Forwarding, by_segment, places_of, rows_of, serials_of
 from headrace.gpu.remembered import REMEMBERED, Remembered
-from headrace.gpu.rows import DELETED, Batch, Id
+from headrace.gpu.rows import DELETED, Action, Batch, Id
 from headrace.gpu.segments import Growing, Sealed, Segment, SegmentView, View
 from headrace.gpu.versions import Versions
 
@@ -32,11 +33,12 @@ _Hashes = npt.NDArray[np.uint64]
 
 @dataclass(slots=True)
 class Part:
-    """A segment, its marks, and whether it is a growing one that is full."""
+    """A segment, its marks, and whether it is a growing one that is full, or one whose rows are still coming alive."""
 
     segment: Segment
     marks: Marks
     frozen: bool = False
+    arriving: bool = False
 
     @property
     def view(self) -> SegmentView:
@@ -67,7 +69,8 @@ class Table:
         self.growing = begin()
         self.parts: dict[int, Part] = {self.growing.serial: Part(self.growing, Marks())}
         self._stamp: Mapping[int, int] = MappingProxyType({})
-        self._view = View((), self._stamp, 0)
+        self._moved: Mapping[int, int] = MappingProxyType({})
+        self._view = View((), self._stamp, 0, self._moved)
         self.changed_at = time.monotonic()
 
     @property
@@ -80,7 +83,14 @@ class Table:
         if stamp is not None:
             self._stamp = MappingProxyType(dict(stamp))
         segments = tuple(part.view for part in self.parts.values())
-        self._view = View(segments, self._stamp, sum(segment.live for segment in segments))
+        self._view = View(segments, self._stamp, sum(segment.live for segment in segments), self._moved)
+
+    def note_moved(self, topic_partitions: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> None:
+        """Records that took rows from here to other workers; seen with the next `publish`."""
+        moved = dict(self._moved)
+        for tp, offset in zip(topic_partitions.tolist(), offsets.tolist(), strict=True):
+            moved[tp] = max(offset + 1, moved.get(tp, 0))
+        self._moved = MappingProxyType(moved)
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 
@@ -167,12 +177,13 @@ class Table:
         self.growing = self._begin()
         self.parts[self.growing.serial] = Part(self.growing, Marks())
 
-    def drop(self, wanted: npt.NDArray[np.int32]) -> int:
+    def drop(self, wanted: npt.NDArray[np.int32], at_most: int | None = None) -> int:
         """Remove the rows of all cells but `wanted`, and remember their versions; returns how many."""
         self.directory.finish()
         dropped = 0
         for serial, part in self.parts.items():
             rows = np.flatnonzero(part.marks.alive & ~np.isin(part.marks.cells, wanted))
+            rows = rows if at_most is None else rows[: at_most - dropped]
             if not len(rows):
                 continue
             segment = part.segment
@@ -182,6 +193,55 @@ class Table:
             part.marks.kill(rows)
             dropped += len(rows)
         return dropped
+
+    def begin_adopting(self, sealed: Sealed, cells: npt.NDArray[np.int32]) -> None:
+        """Take over a segment, with no row alive yet: `adopt` and `end_adopting` are to follow. None merges it so long.
+
+        Raises
+        ------
+        RecordError
+            A column is of another kind here; nothing has been changed.
+        """
+        theirs = sealed.columns.schema
+        for name, kind in [pair for part in self.parts.values() for pair in part.segment.columns.schema.items()]:
+            if (other := theirs.get(name, kind)) != kind:
+                raise RecordError(f"attribute {name!r} is {other} in segment {sealed.uid}, here it is {kind}")
+        marks = Marks(np.zeros(len(sealed), dtype=np.bool_), cells)
+        self.parts = {sealed.serial: Part(sealed, marks, arriving=True)} | self.parts
+
+    def adopt(self, sealed: Sealed, rows: _Ints, hashes: _Hashes, ids: Sequence[Id]) -> None:
+        """Some rows come alive: those that are not known here in the same or a newer version.
+
+        Decided as a batch that holds them is, except that rows which are here at the same version keep their cell.
+        """
+        self.changed_at = time.monotonic()
+        marks, versions = self.parts[sealed.serial].marks, sealed.versions.take(rows)
+        entries, places, known = self.known(hashes, ids)
+        batch = Batch(
+            ids,
+            versions.topic_partitions,
+            versions.offsets,
+            versions.timestamps,
+            marks.cells[rows],
+            np.full(len(rows), int(Action.HOLD), dtype=np.uint8),
+            np.empty((len(rows), 0), dtype=np.float32),
+        )
+        decision = decide(batch, known)
+        taken = decision.insert
+        for serial, positions in by_segment(places[decision.kill]):
+            self.parts[serial].marks.kill(rows_of(places[decision.kill[positions]]))
+        marks.revive(rows[taken])
+        self.directory.change(hashes[taken], entries[taken], places_of(sealed.serial, rows[taken]))
+        if len(decision.release):
+            self.remembered.release(rows_of(places[decision.release]))
+
+    def end_adopting(self, sealed: Sealed) -> int:
+        """From now on it is a segment like others, or none if no row came alive; returns how many did."""
+        part = self.parts[sealed.serial]
+        part.arriving = False
+        if not part.marks.live:
+            del self.parts[sealed.serial]
+        return part.marks.live
 
     def replace(self, sources: Sequence[Source], sealed: Sealed | None, way: Forwarding | None) -> None:
         """Put `sealed`, built from `sources`, in their place; rows that died or changed their cell meanwhile stay so.

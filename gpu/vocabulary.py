@@ -6,7 +6,7 @@ import heapq
 import operator
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,8 @@ from headrace.gpu.packed_text import PackedText, chunks
 __all__ = ["GrowingVocabulary", "OrderedVocabulary", "Vocabulary", "merge"]
 
 Codes = npt.NDArray[np.int32]
+
+_PER_TEXT = 120  # of a dictionary's entry and a list's, with what they reserve ahead
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -103,6 +105,11 @@ class GrowingVocabulary(Vocabulary):
                     self._bytes += sys.getsizeof(text)
             codes = list(map(self._codes.get, values))
         return np.array(codes, dtype=np.int32)
+
+    def growth(self, values: Iterable[str | None]) -> int:
+        """Bytes that `values` would add to `nbytes`: each text that is new, once."""
+        new = set(values).difference(self._codes)
+        return sum(map(sys.getsizeof, new)) + _PER_TEXT * len(new)
 
     def code(self, text: str) -> int:
         return self._codes.get(text, -1)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         HeadraceError,
         ProduceError,
         RecordError,
+        SnapshotDamaged,
+        SnapshotError,
         StaleEpoch,
         StoreFull,
         TopicError,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from headrace.pipeline.client import Collection, Database
     from headrace.pipeline.client_async import AsyncCollection, AsyncDatabase
     from headrace.pipeline.connecting import connect, connect_async
-    from headrace.pipeline.results import Hit, Hits, Row, Verification, Write, bounded
+    from headrace.pipeline.results import Hit, Hits, Restoration, Row, Snapshot, Verification, Write, bounded
     from headrace.streams.broker import EmbeddedBroker
 
     __version__: str
@@ -68,7 +70,11 @@ __all__ = [
     "IndexSpec",
     "ProduceError",
     "RecordError",
+    "Restoration",
     "Row",
+    "Snapshot",
+    "SnapshotDamaged",
+    "SnapshotError",
     "StaleEpoch",
     "StoreFull",
     "TopicError",
@@ -85,7 +91,7 @@ _PLACES = {
     "headrace.pipeline.client": ("Collection", "Database"),
     "headrace.pipeline.client_async": ("AsyncCollection", "AsyncDatabase"),
     "headrace.pipeline.connecting": ("connect", "connect_async"),
-    "headrace.pipeline.results": ("Hit", "Hits", "Row", "Verification", "Write", "bounded"),
+    "headrace.pipeline.results": ("Hit", "Hits", "Restoration", "Row", "Snapshot", "Verification", "Write", "bounded"),
     "headrace.streams.broker": ("EmbeddedBroker",),
 }
 _ELSEWHERE = {name: module for module, names in _PLACES.items() for name in names}

@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral, Real
+from os import PathLike, fspath
+from os.path import abspath, expanduser
 from typing import Any
 
 from headrace.gpu.errors import ConfigError, RecordError
 from headrace.gpu.index_spec import KINDS, IndexSpec, build_params
+from headrace.streams.attributes import BEYOND
 
-__all__ = ["check_ids", "index_spec", "seconds", "share"]
+__all__ = ["check_ids", "count", "index_spec", "seconds", "share", "snapshot_url"]
 
 _IDS = {"string": str, "integer": Integral}
+_INT64 = 1 << 63
 
 
 def seconds(name: str, value: Any, default: float) -> float:
@@ -23,6 +27,38 @@ def seconds(name: str, value: Any, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name}={value!r} cannot be: give seconds, a number above 0")
     return float(value)
+
+
+def count(name: str, value: Any) -> int:
+    """A whole number, 0 or more, 0 for None; raises `ConfigError`."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ConfigError(f"{name}={value!r} cannot be: give a whole number, 0 or more")
+    return int(value)
+
+
+def snapshot_url(url: Any) -> str:
+    """Where snapshots are kept, as all processes of a cluster understand it: a folder gets its whole path; "" stays "".
+
+    Raises
+    ------
+    ConfigError
+        It is no text, or a password is in it, which status and logs would show.
+    """
+    if isinstance(url, PathLike):
+        url = fspath(url)
+    if not isinstance(url, str):
+        raise ConfigError(f"url={url!r} cannot be: give a folder, or a URL such as 's3://bucket/docs'")
+    kind, is_url, rest = url.partition("://")
+    if not is_url:
+        return abspath(expanduser(url)) if url.strip() else ""
+    if "@" in rest.partition("/")[0]:
+        raise ConfigError(
+            f"a {kind} URL with a user in it would be shown in status and logs: leave it out, and give what the place "
+            "asks for as the option headrace.snapshots.options"
+        )
+    return url.rstrip("/")
 
 
 def check_ids(ids: Any, kind: str, collection: str) -> list[Any]:
@@ -42,7 +78,13 @@ def check_ids(ids: Any, kind: str, collection: str) -> list[Any]:
             raise RecordError(
                 f"id {row_id!r} (number {position}) is no {kind}, and the ids of collection {collection!r} are"
             )
-    return [int(row_id) for row_id in wanted] if kind == "integer" else wanted
+    if kind == "string":
+        return wanted
+    numbers = [int(row_id) for row_id in wanted]
+    for position, number in enumerate(numbers):
+        if not -_INT64 <= number < _INT64:
+            raise RecordError(f"id {number} (number {position}) is {BEYOND}, and no record has it")
+    return numbers
 
 
 def share(name: str, value: Any) -> float | None:

@@ -21,6 +21,7 @@ from headrace.pipeline.cli_demo import demo
 from headrace.pipeline.cli_drain import drain
 from headrace.pipeline.cli_processes import scheduler, up, worker
 from headrace.pipeline.cli_records import ingest, produce, search
+from headrace.pipeline.cli_snapshot import restore, snapshot
 from headrace.pipeline.cli_verify import verify
 
 __all__ = ["commands", "main"]
@@ -46,7 +47,9 @@ def commands() -> None:
     """
 
 
-for _command in (demo, up, scheduler, worker, create, produce, ingest, search, status, verify, drain, drop, bench):
+for _command in (
+    demo, up, scheduler, worker, create, produce, ingest, search, status, verify, snapshot, restore, drain, drop, bench
+):  # fmt: skip
     commands.add_command(_command)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table
+from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table, typed
 
 __all__ = ["create", "drop", "status"]
 
@@ -64,6 +65,14 @@ def create(
       headrace create points --dim 128 --metric l2 --ids integer
       headrace create many --dim 768 --index ivf_pq --dtype float16 --recall-target 0.9
     """
+    from headrace.pipeline.arguments import index_spec
+    from headrace.pipeline.specs import make_spec
+
+    if dim is None and encoder is None:
+        raise click.UsageError("give --dim, the vectors' length, or --encoder", ctx=click.get_current_context())
+    with typed():  # before the connection is made, so that it is told at once
+        wanted = make_spec(name, dim, metric, encoder, cells, replicas, ids, None)
+        index_spec(wanted.dim, index, dtype, recall_target)
     with connected(cluster) as database:
         collection = database.create_collection(
             name,
@@ -101,10 +110,20 @@ def drop(name: str, yes: bool, cluster: str) -> None:
     """
     with connected(cluster) as database:
         rows = database.collection(name).status()["rows"]
-        if not yes:
-            click.confirm(f"drop collection {name} and its {rows} rows?", abort=True)
+        if not (yes or _sure(f"drop collection {name} and its {rows} rows?")):
+            raise click.Abort
         database.drop_collection(name)
     click.echo(f"collection {name} is dropped ({rows} rows)")
+
+
+def _sure(question: str) -> bool:
+    try:
+        return click.confirm(question)
+    except click.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        context = click.get_current_context()
+        raise click.UsageError("nobody answers on standard input: --yes drops without asking", ctx=context) from None
 
 
 @click.command(cls=Command, short_help="Show how collections are.")
@@ -143,7 +162,14 @@ def _show(state: Mapping[str, Any]) -> None:
         **{each: taken[each] for each in ("records", "deletes", "dead_letters", "lag") if each in taken},
         "freshness": ", ".join(
             f"{each} {freshness[each]:.0f} ms" for each in ("p50", "p95", "p99") if freshness.get("count")
-        ),
+        )
+        + (f" (clocks differ by {skew / 1e3:.1f} s)" if (skew := freshness.get("clock_skew")) else ""),
+        "kafka": ", ".join(
+            f"away for {outage['worker']}: {outage['broker']}: {outage['error']}"
+            for outage in taken.get("kafka_away", [])
+        )
+        or ("answers" if state.get("topic") else ""),
+        "snapshot": (state["snapshots"]["last"] or {}).get("name", ""),
     }
     table(state["name"], ["", "collection"], [(key, value) for key, value in facts.items() if value != ""])
     rows = [
@@ -153,9 +179,22 @@ def _show(state: Mapping[str, Any]) -> None:
             worker.get("rows", "?"),
             worker.get("segments", "?"),
             f"{worker.get('bytes', 0) / 2**20:.1f}",
+            _recall(worker.get("segment_sizes", [])),
         )
         for worker in state["workers"]
     ]
-    table("", ["worker", "state", "rows", "segments", "MiB"], rows, right=["rows", "segments", "MiB"])
+    names = ["worker", "state", "rows", "segments", "MiB", "recall"]
+    table("", names, rows, right=["rows", "segments", "MiB"])
     for sentence in [*state.get("notes", []), *state.get("alarms", [])]:
         click.echo(f"! {sentence}")
+
+
+def _recall(segments: Sequence[Mapping[str, Any]]) -> str:
+    """What searches find in a worker's segments: the lowest calibrated recall, and how many are searched exactly though
+    they have an index that is not exact itself.
+    """
+    indexed = [segment for segment in segments if segment.get("index") in ("graph", "ivf_pq")]
+    walked = [segment["recall"] for segment in indexed if segment.get("effort") is not None]
+    exact = sum(segment.get("effort", 0) is None and segment.get("reached", 1.0) < 1 for segment in indexed)
+    told = [f"{min(walked):.3f}"] if walked else []
+    return ", ".join(told + [f"{exact} exact"] * bool(exact)) or "exact"

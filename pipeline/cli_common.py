@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from headrace.gpu.errors import ConfigError
+
 if TYPE_CHECKING:
     from headrace.pipeline.client import Database
 
@@ -25,6 +27,7 @@ __all__ = [
     "plain_json",
     "shielded",
     "table",
+    "typed",
 ]
 
 
@@ -102,8 +105,19 @@ def connected(address: str) -> Iterator[Database]:
     """A client of the cluster at `address`, closed at the end."""
     import headrace
 
-    with headrace.connect(address, timeout=PATIENCE) as database:
+    with typed():
+        database = headrace.connect(address, timeout=PATIENCE)
+    with database:
         yield database
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """While what was typed is looked at: what cannot be is a mistake in the command line, with the exit code of one."""
+    try:
+        yield
+    except ConfigError as error:
+        raise click.UsageError(str(error), ctx=click.get_current_context(silent=True)) from error
 
 
 def plain_json(value: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from headrace.pipeline.cli_common import Command
+from headrace.pipeline.cli_common import Command, typed
 
 __all__ = ["demo"]
 
@@ -33,7 +33,9 @@ class Rate(click.ParamType[float | None]):
 @click.option("--docs", default=20_000, show_default=True, type=click.IntRange(100), help="Documents to stream.")
 @click.option("--rate", type=Rate(), default="auto", show_default=True, help="Records a second; auto: all it can take.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Worker processes.")
-@click.option("--copies", default=2, show_default=True, type=click.IntRange(1), help="Copies of every document.")
+@click.option(
+    "--copies", type=click.IntRange(1), help="Copies of every document, each on another worker; 2, or 1 on one worker."
+)
 @click.option("--encoder", default="minilm", show_default=True, help="The model that turns texts into vectors.")
 @click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "host", "rapids"]))
 @click.option("--seed", default=0, show_default=True, help="Decides which documents, in which order.")
@@ -43,7 +45,7 @@ def demo(
     docs: int,
     rate: float | None,
     workers: int,
-    copies: int,
+    copies: int | None,
     encoder: str,
     backend: str,
     seed: int,
@@ -63,16 +65,17 @@ def demo(
     """
     from headrace.pipeline import demo as implementation
 
-    return implementation.run(
-        implementation.Options(
-            docs=docs,
-            rate=rate,
-            workers=workers,
-            copies=copies,
-            encoder=encoder,
-            backend=backend,
-            seed=seed,
-            report=report,
-            keep=keep,
-        )
+    options = implementation.Options(
+        docs=docs,
+        rate=rate,
+        workers=workers,
+        copies=min(2, workers) if copies is None else copies,
+        encoder=encoder,
+        backend=backend,
+        seed=seed,
+        report=report,
+        keep=keep,
     )
+    with typed():
+        implementation.check(options)
+    return implementation.run(options)

@@ -12,7 +12,13 @@ __all__ = ["drain"]
 @click.command(cls=Command, short_help="Empty a worker before it is stopped.")
 @click.argument("worker")
 @click.option("--undo", is_flag=True, help="Let the worker have cells again.")
-@click.option("--deadline", default=600.0, show_default=True, help="Seconds to wait until it is empty.")
+@click.option(
+    "--deadline",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds to wait until it is empty.",
+)
 @cluster_option
 def drain(worker: str, undo: bool, deadline: float, cluster: str) -> None:
     """Move all that WORKER holds to the others; its address is in `headrace status`.

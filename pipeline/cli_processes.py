@@ -7,11 +7,15 @@ import signal
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from headrace.gpu.errors import ClusterError
 from headrace.pipeline.cli_common import Command
+
+if TYPE_CHECKING:
+    from headrace.pipeline.processes import Child
 
 __all__ = ["scheduler", "up", "worker"]
 
@@ -38,19 +42,30 @@ parent_option = click.option("--end-with-parent", is_flag=True, hidden=True)
 @port_option
 @dashboard_option
 @backend_option
-def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) -> None:
+@click.option(
+    "--snapshots",
+    metavar="URL",
+    help="Folder or URL of all collections' snapshots: what is there comes back, and new ones are taken there.",
+)
+def up(workers: int, host: str, port: int, dashboard: str, backend: str | None, snapshots: str | None) -> None:
     """Run a cluster on this machine until Ctrl-C. Processes that die are started again, the scheduler too.
+
+    With --snapshots, every collection that has one there is restored first, and has one taken as often as
+    headrace.snapshots.every says.
 
     \b
     Examples:
       headrace up
       headrace up --workers 4 --port 9786 --dashboard :9787
+      headrace up --snapshots /var/snapshots
     """
     import headrace
+    from headrace.pipeline.cli_snapshot import bring_back, keep_at
     from headrace.pipeline.launch import check_host
     from headrace.pipeline.processes import Child
 
     check_host(host)
+    place = keep_at(snapshots)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -69,6 +84,8 @@ def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) 
             click.echo(f"scheduler  {database.address}")
             click.echo(f"dashboard  {database.dashboard}")
             click.echo(f'connect    headrace.connect("{database.address}")')
+            if place and not stop.is_set():
+                bring_back(database, place)
             click.echo("Ctrl-C stops it")
             stop.wait()
             click.echo("stopping", err=True)
@@ -94,7 +111,8 @@ def up(workers: int, host: str, port: int, dashboard: str, backend: str | None) 
 def scheduler(host: str, port: int, dashboard: str, backend: str | None, workers: int, end_with_parent: bool) -> None:
     """Run a cluster's scheduler until Ctrl-C; workers are started with `headrace worker`, here or on other machines.
 
-    If it dies, start it again at the same address: workers stay up and answer, and return to it with all they know.
+    Ended or killed, start it again at the same address: workers stay up and answer, and return to it with all they
+    know. They end by themselves when none has come for an hour (scheduler.patience), or with Ctrl-C where they run.
 
     \b
     Examples:
@@ -156,15 +174,16 @@ def _free_port(host: str, port: int) -> int:
         raise ClusterError(f"nothing can listen at {host}:{port} ({why}): choose another port with --port") from error
 
 
-def _until_listening(host: str, port: int, child: object, stop: threading.Event) -> None:
+def _until_listening(host: str, port: int, child: Child, stop: threading.Event) -> None:
     until = time.monotonic() + _START_SECONDS
     while not stop.is_set():
         try:
             with socket.create_connection((host, port), timeout=1.0):
                 return
         except OSError as error:
-            if getattr(child, "ended", False):
-                raise ClusterError("the scheduler's process ended: its words are above") from error
+            if (code := child.code) is not None:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}: its words are above"
+                raise ClusterError(f"the scheduler's process {how}") from error
             if time.monotonic() > until:
                 raise ClusterError(f"no scheduler listened at {host}:{port} after {_START_SECONDS:g} s") from error
         time.sleep(0.05)

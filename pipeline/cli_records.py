@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from headrace.pipeline.cli_common import (
     json_option,
     plain_json,
     table,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ CHUNK = 1000
 """Records sent before the broker's word is waited for: enough to fill its batches."""
 LOOK_AGAIN = 0.25
 """Seconds between two looks at how far the workers are."""
+CREATE_SECONDS = 10.0
+"""Seconds that a broker may take to create a topic."""
 LEVELS = ("strong", "session", "bounded", "eventual")
 
 
@@ -166,8 +170,12 @@ def search(
       headrace search points "[0.1, 0.2, 0.3]"
       headrace search shoes "red" --filter "price < 50 and brand in ['a', 'b'] and not sold"
     """
+    from headrace.pipeline.arguments import share
+
     # Before the connection is made, so that what was typed wrong is told at once.
-    wanted, asked = _level(consistency), _query(query)
+    with typed():
+        wanted, asked = _level(consistency), _query(query)
+        recall_target = share("recall_target", recall_target)
     with connected(cluster) as database:
         hits = database.collection(name).search(
             asked, limit=limit, filter=filter_, recall_target=recall_target, consistency=wanted
@@ -181,16 +189,14 @@ def search(
 
 
 def _record(line: bytes, id_field: str, binary: bool, delete: bool) -> Written:
-    import orjson
-
+    from headrace.gpu.json_check import parse
     from headrace.streams.encode import RESERVED, encode_binary, encode_json, encode_key
 
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise RecordError(f"it is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise RecordError(f"it is a JSON {type(row).__name__}: write one object on each line")
+    # The workers' own reader: it keeps whole numbers beyond 64 bits as they are, to be refused, and sees double fields.
+    read = parse([line.strip()])
+    if read.bad:
+        raise RecordError(f"it cannot be read: {read.bad[0]}; write one JSON object on each line")
+    row = {name: column[0] for name, column in read.columns.items()}
     if id_field not in row:
         raise RecordError(f"it has no field {id_field!r}: its fields are {', '.join(row) or 'none'}")
     id_ = row.pop(id_field)
@@ -217,7 +223,7 @@ def _create_topic(broker: str, topic: str, partitions: int) -> None:
     from confluent_kafka.cimpl import NewTopic
 
     from headrace.pipeline import config
-    from headrace.streams.clients import COMMON_SETTINGS, KafkaLog
+    from headrace.streams.clients import COMMON_SETTINGS, KafkaLog, is_embedded
     from headrace.streams.topics import topic_partitions
 
     settings = config.kafka_settings()
@@ -225,11 +231,22 @@ def _create_topic(broker: str, topic: str, partitions: int) -> None:
         there = topic_partitions(broker, topic, settings=settings)
     except TopicError:
         admin = AdminClient({**COMMON_SETTINGS, **settings, "bootstrap.servers": broker}, logger=KafkaLog())
-        made = admin.create_topics([NewTopic(topic, num_partitions=partitions)], request_timeout=10.0)[topic]
         try:
-            made.result()
+            if is_embedded(admin.list_topics(topic, timeout=CREATE_SECONDS).cluster_id):
+                raise TopicError(
+                    f"there is no topic {topic!r}, and {broker} is an embedded broker, which creates none when asked "
+                    f"from outside: have the program that runs it do broker.create_topic({topic!r}, {partitions}), or "
+                    "use Apache Kafka"
+                ) from None
+            made = admin.create_topics([NewTopic(topic, num_partitions=partitions)], request_timeout=CREATE_SECONDS)
+            made[topic].result()
         except KafkaException as failure:
-            raise BrokerError(f"{broker} does not create topic {topic!r}: {failure.args[0].str()}") from failure
+            raise BrokerError(
+                f"{broker} did not create topic {topic!r} with {partitions} topic partitions "
+                f"({failure.args[0].str()}): may this client create topics, and does the cluster have a controller? "
+                f"Create it with Kafka's own kafka-topics.sh --create --topic {topic} --partitions {partitions}, then "
+                "leave out --create-partitions"
+            ) from failure
         return
     if there != partitions:
         raise TopicError(
@@ -283,7 +300,7 @@ def _wait(collection: Collection, broker: str, topic: str) -> None:
         before = left
         if not left:
             dead = (state.get("ingest") or {}).get("dead_letters", 0)
-            told_dead = f"; {dead} of the collection's records are in the dead letters of its topic" if dead else ""
+            told_dead = f"; {dead} records are in the dead letters of its topic" if dead else ""
             click.echo(f"all that was in the topic can be searched{told_dead}", err=True)
             return
 
@@ -318,12 +335,19 @@ def _query(text: str) -> Any:
     if not text.lstrip().startswith("["):
         return text
     import numpy as np
-    import orjson
 
     try:
-        return np.asarray(orjson.loads(text), dtype=np.float32)
-    except (orjson.JSONDecodeError, TypeError, ValueError):
+        given = np.asarray(json.loads(text))  # it reads NaN and Infinity: numbers, to be refused, and no text
+    except (TypeError, ValueError, RecursionError):
         return text  # a text may begin with a bracket
+    if given.dtype.kind not in "iuf":
+        return text
+    if given.ndim != 1:
+        raise click.UsageError(
+            f"QUERY is a list of lists, of shape {given.shape}: give one vector, such as '[0.1, 0.2, 0.3]'; several at "
+            "once are searched from Python"
+        )
+    return given
 
 
 def _about(attributes: Mapping[str, Any]) -> str:

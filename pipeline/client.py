@@ -13,7 +13,7 @@ from headrace.cluster.state import CollectionSpec
 from headrace.gpu.errors import ClusterError
 from headrace.gpu.index_spec import IndexSpec
 from headrace.pipeline.client_async import AsyncCollection, AsyncDatabase
-from headrace.pipeline.results import Consistency, Row, Rows, Verification, Write
+from headrace.pipeline.results import Consistency, Restoration, Row, Rows, Snapshot, Verification, Write
 
 __all__ = ["Collection", "Database"]
 
@@ -143,6 +143,66 @@ class Database:
             recall_target=recall_target,
         )
         return Collection(made, self._async.dask)
+
+    def snapshots(self, url: str) -> list[Snapshot]:
+        """Snapshots of a collection at a folder or URL, oldest first; those that are damaged say so.
+
+        Raises
+        ------
+        SnapshotError
+            The place cannot be read.
+        """
+        return self._sync(self._async.snapshots, url)  # type: ignore[no-any-return]
+
+    def restore(
+        self,
+        url: str,
+        name: str | None = None,
+        *,
+        snapshot: str | None = None,
+        replicas: int | None = None,
+        ingest: bool = True,
+        deadline: float = 3600.0,
+    ) -> Restoration:
+        """Make a collection from a snapshot, on the workers there are, and read its topic from where that ended.
+
+        Parameters
+        ----------
+        url : str
+            As it was given to `Collection.snapshot`.
+        name : str, optional
+            Of the collection; by default the one it had.
+        snapshot : str, optional
+            Which one; by default the newest that is not damaged.
+        replicas : int, optional
+            Copies of each cell, if not as many as before.
+        ingest : bool
+            False restores the rows alone. The collection answers reads then, and can never read a topic.
+        deadline : float
+            Seconds; if they pass while the topic is read, that goes on.
+
+        Raises
+        ------
+        CollectionExists
+            There is a collection of this name.
+        SnapshotError
+            There is no snapshot that can be used.
+        TopicError
+            The topic was made anew since, or is gone: what it holds does not fit the rows.
+        EncoderError
+            A worker lacks the collection's encoder.
+        StoreFull
+            The workers have no room for it.
+        """
+        return self._sync(  # type: ignore[no-any-return]
+            self._async.restore,
+            url,
+            name,
+            snapshot=snapshot,
+            replicas=replicas,
+            ingest=ingest,
+            deadline=deadline,
+        )
 
     def collection(self, name: str) -> Collection:
         """Open a collection that exists; raises `CollectionNotFound`."""
@@ -341,6 +401,39 @@ class Collection:
     def status(self) -> dict[str, Any]:
         """State, rows, copies, ingest figures, alarms."""
         return self._sync(self._async.status)  # type: ignore[no-any-return]
+
+    def snapshot(
+        self, url: str, *, every: float | None = None, keep: int | None = None, deadline: float = 3600.0
+    ) -> Snapshot:
+        """Write the collection to a folder or an object store; reads and writes go on.
+
+        What has settled is written once: the next snapshot at the same place adds only what is new.
+
+        Parameters
+        ----------
+        url : str
+            A folder, or what fsspec knows, such as "s3://bucket/docs", of this collection alone. The scheduler and all
+            workers must reach it; what it asks for is configured as ``headrace.snapshots.options``.
+        every : float, optional
+            From now on one is taken by itself every so many seconds; 0 ends that.
+        keep : int, optional
+            How many are kept at the place, the newest ones; all if left out. With `every`, of those to come, too.
+        deadline : float
+            Seconds.
+
+        Raises
+        ------
+        SnapshotError
+            It cannot be written there, or one is being taken; those from before are as they were.
+        ClusterError
+        """
+        return self._sync(  # type: ignore[no-any-return]
+            self._async.snapshot, url, every=every, keep=keep, deadline=deadline
+        )
+
+    def snapshots(self, url: str | None = None) -> list[Snapshot]:
+        """As `Database.snapshots`; by default where the last ones of this collection went."""
+        return self._sync(self._async.snapshots, url)  # type: ignore[no-any-return]
 
     def verify(self, *, repair: bool = False, deep: bool = False, deadline: float = 10.0) -> Verification:
         """Compare all copies of every cell, at offsets that all of them have applied; reads and writes go on.

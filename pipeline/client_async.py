@@ -10,6 +10,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import dask
@@ -30,17 +32,31 @@ from headrace.gpu.errors import (
     CollectionError,
     CollectionNotFound,
     ConfigError,
+    ConsistencyTimeout,
     HeadraceError,
+    SnapshotError,
 )
 from headrace.gpu.index_spec import IndexSpec
 from headrace.gpu.store import StoredRow
-from headrace.pipeline import config
-from headrace.pipeline.arguments import check_ids, index_spec, seconds, share
+from headrace.pipeline import config, snapshot_client
+from headrace.pipeline.arguments import check_ids, index_spec, seconds, share, snapshot_url
+from headrace.pipeline.clocks import ahead
 from headrace.pipeline.queries import best, texts_in, vectors_in
 from headrace.pipeline.reads import Router
-from headrace.pipeline.results import Consistency, Hits, Row, Rows, Verification, Write
+from headrace.pipeline.results import (
+    Consistency,
+    Hit,
+    Hits,
+    Restoration,
+    Row,
+    Rows,
+    Snapshot,
+    Verification,
+    Write,
+    bounded,
+)
 from headrace.pipeline.rows_in import Record, delete_records, upsert_records
-from headrace.pipeline.specs import make_spec
+from headrace.pipeline.specs import check_new, make_spec
 from headrace.pipeline.summary import summarise
 from headrace.pipeline.verifying import Verifier
 from headrace.streams.producer import RecordProducer
@@ -154,6 +170,41 @@ class AsyncDatabase:
                 )
             await asyncio.sleep(0.2)
 
+    async def snapshots(self, url: str) -> list[Snapshot]:
+        """Snapshots at a place, oldest first; see `Database.snapshots`."""
+        return snapshot_client.shown(await snapshot_client.listed(self._scheduler, url), url)
+
+    async def restore(
+        self,
+        url: str,
+        name: str | None = None,
+        *,
+        snapshot: str | None = None,
+        replicas: int | None = None,
+        ingest: bool = True,
+        deadline: float = 3600.0,
+    ) -> Restoration:
+        """Make a collection from a snapshot; see `Database.restore`."""
+        until = time.monotonic() + seconds("deadline", deadline, 3600.0)
+        told = snapshot_client.newest(await snapshot_client.listed(self._scheduler, url), str(url), snapshot)
+        check_new(told["collection"] if name is None else name, replicas)
+        await snapshot_client.check_encoder(self.call, list(await self.workers()), told["collection"], told["encoder"])
+        if ingest:
+            await asyncio.to_thread(snapshot_client.check_topic, told)
+        loaded = await self._scheduler(
+            "restore",
+            deadline=max(0.001, until - time.monotonic()),
+            url=snapshot_url(url),
+            name=name,
+            snapshot=snapshot,
+            replicas=replicas,
+            follow=ingest,
+        )
+        name = told["collection"] if name is None else name
+        collection = await self.collection(name)
+        caught_up = await collection.caught_up(offsets_from_wire(loaded["offsets"]), until)
+        return snapshot_client.restoration(loaded, name, *caught_up)
+
     async def drop_collection(self, name: str) -> None:
         """Forget a collection and its rows; the topic in Kafka stays as it is."""
         await self._scheduler("drop", collection=name)
@@ -198,22 +249,26 @@ class AsyncCollection:
         self._call, self._scheduler, self._router = call, scheduler, router
         self._producer: RecordProducer | None = None
         self._producing = asyncio.Lock()
-        self._session: dict[int, int] = {}
+        self._session: dict[int, int] = {}  # written, or shown to this client
+        self._wrote: dict[int, int] = {}
+        self._session_of = ""
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def ingest(self, bootstrap: str, topic: str | None = None, *, format: str = "json") -> None:
         topic = topic or self.name
+        if not isinstance(topic, str):
+            raise ConfigError(f"topic={topic!r} cannot be: give a topic's name")
         if not isinstance(bootstrap, str) or not bootstrap.strip():
             raise ConfigError(f"bootstrap={bootstrap!r} cannot be: give a broker's address, such as 'localhost:9092'")
         if format not in ("json", "binary"):
             raise ConfigError(f"record format {format!r} is not known: use 'json' or 'binary'")
 
-        def look() -> tuple[int, dict[int, int]]:
+        def look() -> tuple[int, dict[int, int], str]:
             offsets = Offsets(bootstrap, topic, settings=config.kafka_settings())
-            return offsets.partitions, offsets.earliest()
+            return offsets.partitions, offsets.earliest(), offsets.topic_id()
 
-        partitions, origins = await asyncio.to_thread(look)
+        partitions, origins, topic_id = await asyncio.to_thread(look)
         await self._call(
             self._scheduler,
             "ingest",
@@ -225,6 +280,7 @@ class AsyncCollection:
                 "partitions": partitions,
                 "format": format,
                 "origins": offsets_to_wire(origins),
+                "topic_id": topic_id,
             },
         )
         await self._reading(partitions)
@@ -260,13 +316,35 @@ class AsyncCollection:
         await self._router.state()  # at most a second old: nothing is written for a collection that was dropped
         producer = await self._producer_of_topic(deadline)
         delivered = await asyncio.to_thread(producer.write, records, deadline)
+        session = self._written()
         for tp, offset in delivered.offsets.items():
-            self._session[tp] = max(self._session.get(tp, 0), offset)
+            session[tp] = max(session.get(tp, 0), offset)
+            self._wrote[tp] = max(self._wrote.get(tp, 0), offset)
         if wait == "searchable":
             left = max(0.001, until - time.monotonic())
             await self._router.wait_everywhere(delivered.offsets, left)
         acks = tuple((self._id(key), tp, offset) for key, tp, offset in delivered.acks)
         return Write(delivered.offsets, delivered.count, acks)
+
+    def _written(self) -> dict[int, int]:
+        """How far this client has written into the topic that there is; what went into one before it is gone."""
+        if self._session_of != (now := self._router.topic_id):
+            if self._session_of:
+                self._session, self._wrote = {}, {}
+            self._session_of = now
+        return self._session
+
+    def _saw(
+        self, session: dict[int, int], answers: Iterable[Mapping[str, Any]], rows: Iterable[Row | Hit | None]
+    ) -> None:
+        """What this client has been shown it is not to miss in its session later, whichever copy it asks then."""
+        if session is not self._written():
+            return  # the answers were of a topic that is gone
+        seen = [pair for answer in answers for pair in offsets_from_wire(answer["applied"]).items()]
+        # A copy may hold rows above what it claims, because batches end in any order.
+        seen += [(row.topic_partition, row.offset + 1) for row in rows if row is not None]
+        for tp, offset in seen:
+            session[tp] = max(session.get(tp, 0), offset)
 
     def _id(self, key: bytes | None) -> str | int:
         text = (key or b"").decode()
@@ -298,14 +376,17 @@ class AsyncCollection:
         consistency: Consistency = "session",
         deadline: float | None = None,
     ) -> Hits | list[Hits]:
-        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit < 1 << 31:
+        asked: Any = limit
+        if isinstance(asked, bool) or not isinstance(asked, Integral) or not 1 <= int(asked) < 1 << 31:
             raise ConfigError(f"limit={limit!r} cannot be: ask for a whole number, 1 or more")
+        limit = int(asked)
         recall_target = share("recall_target", recall_target)
         if isinstance(query, list | tuple) and not query:
             return []  # an empty batch
         deadline = seconds("deadline", deadline, config.get("search.deadline"))
         until = time.monotonic() + deadline
-        needed = asyncio.ensure_future(self._router.required(consistency, self._session, deadline))
+        session = self._written()
+        needed = asyncio.ensure_future(self._router.required(consistency, session, deadline))
         try:
             vectors, single = await self._queries(query, deadline)
             required = await needed
@@ -320,12 +401,14 @@ class AsyncCollection:
             limit=limit,
             where=where and where.to_wire(),
             recall_target=recall_target,
+            waits=consistency != "eventual",
         )
         applied = _lowest(answers)
         hits = [
             Hits(best([(a["rows"][at], a["scores"][at]) for a in answers], limit, self.spec.metric), applied)
             for at in range(len(vectors))
         ]
+        self._saw(session, answers, chain.from_iterable(hits))
         return hits[0] if single else hits
 
     async def _queries(self, query: Any, deadline: float) -> tuple[Vectors, bool]:
@@ -346,12 +429,17 @@ class AsyncCollection:
     ) -> Rows:
         deadline = seconds("deadline", deadline, config.get("search.deadline"))
         wanted = check_ids(ids, self.spec.ids, self.name)
-        required = await self._router.required(consistency, self._session, deadline)
-        answers = await self._router.ask_cover("get", deadline, required, ids=wanted, vectors=vectors)
+        until = time.monotonic() + deadline
+        session = self._written()
+        required = await self._router.required(consistency, session, deadline)
+        left = max(0.001, until - time.monotonic())
+        waits = consistency != "eventual"
+        answers = await self._router.ask_cover("get", left, required, ids=wanted, vectors=vectors, waits=waits)
         rows: list[Row | None] = []
         for copies in zip(*(rows_from_wire(answer["rows"]) for answer in answers), strict=True):
             there = [row for row in copies if row is not None]
             rows.append(_row(max(there, key=lambda row: row.offset)) if there else None)
+        self._saw(session, answers, rows)
         return Rows(rows, _lowest(answers))
 
     async def count(
@@ -359,7 +447,7 @@ class AsyncCollection:
     ) -> int:
         deadline = seconds("deadline", deadline, config.get("search.deadline"))
         until = time.monotonic() + deadline
-        required = await self._router.required(consistency, self._session, deadline)
+        required = await self._router.required(consistency, self._written(), deadline)
         where = await self._router.filter(filter, required, deadline)
         left = max(0.001, until - time.monotonic())
         answers = await self._router.ask_cover("count", left, required, where=where and where.to_wire())
@@ -421,13 +509,64 @@ class AsyncCollection:
             except HeadraceError as error:
                 return {"address": worker, "state": f"not answering: {error}"} if op == "status" else None
 
+        clocks: dict[str, float] = {}
+
+        async def ask_ingest(worker: str) -> dict[str, Any] | None:
+            asked = time.time()
+            if answer := await ask(worker, "ingest_status"):
+                clocks[worker] = ahead(answer["clock"], asked, time.time())
+            return answer
+
         workers = await asyncio.gather(*(ask(worker, "status") for worker in state.members))
-        ingests = await asyncio.gather(*(ask(worker, "ingest_status") for worker in state.members))
-        return summarise(state, [w for w in workers if w], [i["ingest"] for i in ingests if i and i["ingest"]])
+        ingests = await asyncio.gather(*map(ask_ingest, state.members))
+        return summarise(state, [w for w in workers if w], [i["ingest"] for i in ingests if i and i["ingest"]], clocks)
+
+    async def snapshot(
+        self, url: str, *, every: float | None = None, keep: int | None = None, deadline: float = 3600.0
+    ) -> Snapshot:
+        return await snapshot_client.take(
+            self._of_scheduler, self.name, url, every, keep, seconds("deadline", deadline, 3600.0)
+        )
+
+    async def snapshots(self, url: str | None = None) -> list[Snapshot]:
+        if url is None:
+            known = (await self._router.state(newest=True)).snapshots
+            url = known.url or known.last_url
+            if not url:
+                raise SnapshotError(f"collection {self.name!r} has no snapshot yet: say where, or take one first")
+        return snapshot_client.shown(await snapshot_client.listed(self._of_scheduler, url), url)
+
+    async def _of_scheduler(self, op: str, *, deadline: float, **message: Any) -> dict[str, Any]:
+        return await self._call(self._scheduler, op, deadline=deadline, **message)
+
+    async def caught_up(self, offsets: Mapping[int, int], until: float) -> tuple[int, float | None]:
+        """For `restore`: how far the log went on behind the `offsets`, and the seconds until that had been read; None
+        for these if it was not by `until` (monotonic), or there is no log.
+        """
+        began = time.monotonic()
+        behind = 0
+        if (await self._router.state(newest=True)).source is None:
+            return 0, None
+        try:
+            ends = await self._router.required("strong", {}, max(0.001, min(10.0, until - began)))
+            behind = sum(max(0, end - offsets.get(tp, 0)) for tp, end in ends.items())
+            await self._router.wait_everywhere(ends, max(0.001, until - time.monotonic()))
+        except (ConsistencyTimeout, ClusterError) as error:
+            log.warning("collection %r: restored, but it has not read all of its topic yet: %s", self.name, error)
+            return behind, None
+        return behind, time.monotonic() - began
 
     async def verify(self, *, repair: bool = False, deep: bool = False, deadline: float = 10.0) -> Verification:
         verifier = Verifier(self._call, self._router, self.name, deep=deep)
-        return await verifier.verify(repair=repair, deadline=seconds("deadline", deadline, 10.0))
+        deadline = seconds("deadline", deadline, 10.0)
+        found = await verifier.verify(repair=repair, deadline=deadline)
+        if found.repaired:
+            # A version that no log has may have been shown to this client: its session is not to wait for that.
+            ends = await self._router.required(bounded(0), {}, deadline)
+            session = self._written()
+            for tp, offset in session.items():
+                session[tp] = min(offset, max(ends.get(tp, 0), self._wrote.get(tp, 0)))
+        return found
 
     async def close(self) -> None:
         """Close the connection to Kafka, and ask the scheduler for nothing any more."""

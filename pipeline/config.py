@@ -25,6 +25,9 @@ _SCHEMA: Mapping[str, Any] = yaml.safe_load((_HERE / "headrace-schema.yaml").rea
 _ROOT: Mapping[str, Any] = _SCHEMA["properties"]["headrace"]
 dask.config.update_defaults(yaml.safe_load((_HERE / "headrace.yaml").read_text(encoding="utf-8")))
 
+_SECRET = ("kafka.", "snapshots.options.")
+"""Passwords may be among these: what they are is not shown."""
+
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -116,6 +119,12 @@ def kafka_settings() -> dict[str, str]:
     return {name: str(value) for name, value in get("kafka").items()}
 
 
+def snapshot_options() -> dict[str, Any]:
+    """The option ``headrace.snapshots.options`` as fsspec wants it: sections within it stay sections."""
+    get("snapshots.options")
+    return dict(dask.config.get("headrace.snapshots.options"))
+
+
 def cache_dir() -> Path:
     """Where models are built once: the option ``cache-dir``, or ``headrace`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
     chosen = get("cache-dir")
@@ -168,8 +177,9 @@ def _check_section(prefix: str, section: Any, rule: Mapping[str, Any]) -> None:
 def _check_value(key: str, value: Any, rule: Mapping[str, Any]) -> None:
     if wanted := _fault(value, rule):
         variable = "DASK_HEADRACE__" + key.upper().replace(".", "__").replace("-", "_")
+        shown = "what it may not be" if key.startswith(_SECRET) else repr(value)
         raise ConfigError(
-            f"headrace.{key} is {value!r} but must be {wanted}: change it in the configuration, or set {variable}"
+            f"headrace.{key} is {shown} but must be {wanted}: change it in the configuration, or set {variable}"
         )
     if rule.get("type") == "object":
         for name, inner in _flat(value):

@@ -11,7 +11,7 @@ from headrace.pipeline import config
 from headrace.pipeline.arguments import seconds
 from headrace.pipeline.client import Database
 from headrace.pipeline.client_async import AsyncDatabase
-from headrace.pipeline.launch import cluster_options, plugins_from_config
+from headrace.pipeline.launch import cluster_options, plugins_from_config, refuse_for_a_running_cluster
 
 __all__ = ["connect", "connect_async"]
 
@@ -22,12 +22,12 @@ _ADDRESS = re.compile(r"inproc://.+|([a-z]+://)?(\[[0-9a-fA-F:]+\]|[^\s/:\[\]]+)
 def connect(
     address: str | None = None,
     *,
-    workers: int = 2,
-    processes: bool = False,
+    workers: int | None = None,
+    processes: bool | None = None,
     backend: str | None = None,
     dashboard: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    host: str | None = None,
+    port: int | None = None,
     timeout: float = _CONNECT_SECONDS,
 ) -> Database:
     """Connect to a cluster, or start one.
@@ -37,16 +37,17 @@ def connect(
     address : str, optional
         ``"tcp://host:8786"`` of a running Dask scheduler; Headrace is put on it if it is not there yet. Without one, a
         cluster is started that ends with this program.
-    workers : int
-        Of a cluster that is started.
-    processes : bool
+    workers : int, optional
+        Of a cluster that is started; 2 by default.
+    processes : bool, optional
         Start workers as processes of their own, which Dask's nannies restart if they die; otherwise they live in
         this process.
     backend : {"auto", "host", "rapids"}, optional
     dashboard : str, optional
         ``":8787"`` for Dask's dashboard (needs bokeh).
-    host, port
-        Where the scheduler listens when `processes` is true; other hosts than the loopback need TLS.
+    host, port : optional
+        Where the scheduler listens when `processes` is true: 127.0.0.1 and any free port by default; other hosts than
+        the loopback need TLS.
     timeout : float
         Seconds to wait for a scheduler at `address`.
 
@@ -55,13 +56,16 @@ def connect(
     ClusterError
         No scheduler answers at `address`.
     ConfigError
-        An option cannot be.
+        An option cannot be, or is given with an address and is for a cluster that is started.
     """
     import distributed
 
     from headrace.pipeline.dask_client import PatientClient
 
     timeout = _checked(address, backend, timeout)
+    if address is not None:
+        refuse_for_a_running_cluster(workers=workers, processes=processes, dashboard=dashboard, host=host, port=port)
+    workers, processes, host, port = _defaults(workers, processes, host, port)
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
@@ -91,12 +95,12 @@ def connect(
 def connect_async(
     address: str | None = None,
     *,
-    workers: int = 2,
-    processes: bool = False,
+    workers: int | None = None,
+    processes: bool | None = None,
     backend: str | None = None,
     dashboard: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    host: str | None = None,
+    port: int | None = None,
     timeout: float = _CONNECT_SECONDS,
 ) -> _Connecting:
     """As `connect`, for programs that await: everything runs on the calling event loop.
@@ -137,12 +141,12 @@ class _Connecting:
 async def _connect_async(
     address: str | None,
     *,
-    workers: int,
-    processes: bool,
+    workers: int | None,
+    processes: bool | None,
     backend: str | None,
     dashboard: str | None,
-    host: str,
-    port: int,
+    host: str | None,
+    port: int | None,
     timeout: float,
 ) -> AsyncDatabase:
     import distributed
@@ -150,6 +154,9 @@ async def _connect_async(
     from headrace.pipeline.dask_client import PatientClient
 
     timeout = _checked(address, backend, timeout)
+    if address is not None:
+        refuse_for_a_running_cluster(workers=workers, processes=processes, dashboard=dashboard, host=host, port=port)
+    workers, processes, host, port = _defaults(workers, processes, host, port)
     owns: list[Any] = []
     if address is None:
         options = cluster_options(workers, processes=processes, dashboard=dashboard, host=host, port=port)
@@ -178,6 +185,12 @@ async def _connect_async(
             await thing.close()
         raise
     return AsyncDatabase(dask_client, owns=owns)
+
+
+def _defaults(
+    workers: int | None, processes: bool | None, host: str | None, port: int | None
+) -> tuple[int, bool, str, int]:
+    return 2 if workers is None else workers, bool(processes), "127.0.0.1" if host is None else host, port or 0
 
 
 def _checked(address: object, backend: object, timeout: object) -> float:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import headrace
+from headrace.gpu.errors import ConfigError
 from headrace.pipeline.cli_common import shielded
 from headrace.pipeline.demo_checks import Seen, compare, exact_scores, percentiles, recall
 from headrace.pipeline.demo_display import Display
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
     from headrace.pipeline.corpus import Doc
     from headrace.pipeline.results import Row
 
-__all__ = ["QUESTIONS", "Options", "run"]
+__all__ = ["QUESTIONS", "Options", "check", "run"]
 
 TOPIC = "docstrings"
 TOPIC_PARTITIONS = 4
 CHANGED, DELETED = 0.05, 0.02
 QUERIES, FEW_WORDS = 500, 6
 LEAST_RECALL = 0.95
+MOST_WORKERS, PER_CORE = 16, 4
+"""On any machine, and for each core of a large one: more processes would only stand in each other's way."""
 PACKAGES = ("headrace", "dask", "distributed", "streamz", "confluent-kafka", "numpy", "faiss-cpu", "onnxruntime")
 
 QUESTIONS = (
@@ -66,6 +69,29 @@ class Options:
     keep: bool = False
 
 
+def check(options: Options) -> None:
+    """Refuse what cannot be before anything is started.
+
+    Raises
+    ------
+    ConfigError
+        There are more copies than workers, more workers than this machine can run, or the report cannot be written.
+    """
+    most = max(MOST_WORKERS, PER_CORE * (os.cpu_count() or 1))
+    if options.workers > most:
+        raise ConfigError(f"{options.workers} workers are too many for this machine: ask for {most} or fewer")
+    if options.copies > options.workers:
+        raise ConfigError(
+            f"{options.copies} copies cannot be on {options.workers} workers, because each is on another one: ask for "
+            f"--workers {options.copies} or --copies {options.workers}"
+        )
+    if (report := options.report) is not None:
+        if report.is_dir() or not report.parent.is_dir():
+            raise ConfigError(f"the report cannot be written to {report}: name a file in a folder that is there")
+        if not os.access(report if report.exists() else report.parent, os.W_OK):
+            raise ConfigError(f"the report cannot be written to {report}: this user may not write there")
+
+
 def run(options: Options) -> int:
     """Run the demo.
 
@@ -77,12 +103,16 @@ def run(options: Options) -> int:
     Raises
     ------
     HeadraceError
-        Something could not be started or reached.
+        As `check`; or something is missing, could not be started or was not reached.
     """
     began = time.monotonic()
-    # Before fifteen seconds are spent on reading: an encoder that is not there is told at once.
+    check(options)
+    # Before fifteen seconds are spent on reading: a backend or an encoder that is not there is told at once.
+    from headrace.gpu.backend import resolve
     from headrace.pipeline.encoders import describe
 
+    if options.backend != "auto":
+        resolve(options.backend)
     describe(options.encoder)
     with Display() as display, MemoryPeak() as memory:
         docs = _read(options, display)
@@ -217,7 +247,7 @@ def _check(collection: Collection, ledger: Ledger, options: Options, display: Di
         rows |= zip(some, collection.get(some, vectors=True, deadline=30.0), strict=True)
         display.progress(len(rows), len(ids))
     answers = [(name, None if row is None else _seen(row)) for name, row in rows.items()]
-    found = compare(ledger.expected, copies, answers, min(options.copies, options.workers))
+    found = compare(ledger.expected, copies, answers, options.copies)
     verification = collection.verify(deadline=60.0)
     display.done(f"{len(ledger.expected):,} ids on {len(copies)} workers")
 

@@ -126,7 +126,8 @@ def _rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         if isinstance(value, Mapping):
             value = "  ".join(f"{key} {number:,.0f} ms" for key, number in value.items() if key != "count")
         elif isinstance(value, bool):
-            value = "all copies agree" if value else "COPIES DIFFER"
+            agree = "all copies agree" if report.get("copies", 2) > 1 else "one copy, nothing to compare it with"
+            value = agree if value else "COPIES DIFFER"
         elif isinstance(value, float):
             value = f"{value:,.4f}" if name.startswith("recall") else f"{value:,.1f}"
         elif isinstance(value, int):

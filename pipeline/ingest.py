@@ -27,20 +27,38 @@ from headrace.cluster.replica import Replica
 from headrace.cluster.routing import Router
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
-from headrace.gpu.errors import ClusterError, EncoderError, HeadraceError, StaleEpoch, StoreFull
+from headrace.gpu.errors import (
+    BrokerError,
+    ClusterError,
+    CollectionNotFound,
+    EncoderError,
+    HeadraceError,
+    StaleEpoch,
+    StoreFull,
+    TopicError,
+)
 from headrace.gpu.rows import DELETED
+from headrace.pipeline.clocks import Early
 from headrace.pipeline.metrics import Histogram
 from headrace.streams.batches import Decoded, RawBatch, RecordSpec, Refusal, keep_last
-from headrace.streams.dead_letters import DeadLetters
+from headrace.streams.dead_letters import SUFFIX, DeadLetters
 from headrace.streams.reader import ReaderSettings
 from headrace.streams.records import decode
 from headrace.streams.source import from_kafka_log
+from headrace.streams.topic_identity import Seen
+from headrace.streams.topics import Offsets
 
 __all__ = ["Ingest", "IngestSettings", "MicroBatch", "route"]
 
 log = logging.getLogger("headrace.pipeline")
 
 Encode = Callable[[list[str]], Awaitable[npt.NDArray[np.float32]]]
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+_LOOK_AGAIN = 5.0
+_PATIENCE = 2.0
+"""Seconds between two looks at how many dead letters there are while Kafka does not say, and for one of them."""
 
 STAGES = ("kafka", "decode", "encode", "apply", "acknowledge")
 
@@ -107,11 +125,13 @@ class Node(Protocol):
     address: str
     backend: Backend
 
+    def clock(self) -> float: ...
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]: ...
     async def call_scheduler(self, op: str, /, *, deadline: float = 5.0, **message: Any) -> dict[str, Any]: ...
     def maintain(self, replica: Replica) -> None: ...
     def adopt_soon(self, state: CollectionState) -> None: ...
     def alarm(self, collection: str, text: str) -> None: ...
+    def topic_found(self, collection: str, known: str, seen: Seen) -> None: ...
 
 
 class Ingest:
@@ -143,8 +163,11 @@ class Ingest:
         self._sent = asyncio.Condition()
         self._full: dict[str, str] = {}
         self._dead_letters: DeadLetters | None = None
+        self._letters: dict[int, int] = {}  # the ends of their topic
+        self._counting: asyncio.Task[None] | None = None
         self.counts = dict.fromkeys(("records", "deletes", "dead_letters", "batches", "foreign"), 0)
         self.freshness = Histogram()
+        self._early = Early()
         self.stages = {stage: Histogram() for stage in STAGES}
         self._rate = _Rate()
         name = replica.state.spec.name
@@ -159,6 +182,8 @@ class Ingest:
             partitions=source.partitions,
             settings=reader,
             alarm=self._alarm,
+            topic_id=source.topic_id,
+            found=self._topic_found,
             refuse=self._refuse,
             retry_delay=settings.retry_delay,
             retry_delay_max=settings.retry_delay_max,
@@ -177,6 +202,9 @@ class Ingest:
 
     async def follow(self, state: CollectionState) -> None:
         """Read what the state assigns to this worker, from the lowest offset that some copy lacks."""
+        if state.source is not None:
+            self._kafka = state.source
+            self.source.expect(state.source.topic_id)
         mine = {tp for tp, reader in state.readers.items() if reader == self._node.address}
         fresh = mine - self.source.assigned
         starts = await self._starts(state) if fresh else {}
@@ -184,6 +212,30 @@ class Ingest:
         if fresh:
             log.info("collection %r: reading topic partitions %s", state.spec.name, sorted(mine))
         self.source.start()
+        if self._counting is None:
+            self._counting = asyncio.get_running_loop().create_task(self._count_letters())
+
+    async def _count_letters(self) -> None:
+        """Find the dead letters that are there already: of what a worker counted nothing is left when it ends."""
+
+        def look() -> dict[int, int]:
+            kafka, topic = dict(self._settings.reader.kafka), self._kafka.topic + SUFFIX
+            return Offsets(self._kafka.bootstrap, topic, settings=kafka, deadline=_PATIENCE).latest(_PATIENCE)
+
+        while True:
+            try:
+                self._letters_end(await asyncio.to_thread(look))
+            except TopicError:
+                return  # there are none
+            except BrokerError as error:
+                log.info("collection %r: its dead letters are counted later: %s", self._replica.state.spec.name, error)
+                await asyncio.sleep(_LOOK_AGAIN)
+            else:
+                return
+
+    def _letters_end(self, ends: Mapping[int, int]) -> None:
+        for tp, end in ends.items():
+            self._letters[tp] = max(self._letters.get(tp, 0), end)
 
     async def _starts(self, state: CollectionState) -> dict[int, int]:
         low = dict(self._replica.watermarks)
@@ -219,14 +271,24 @@ class Ingest:
             await self._sent.wait_for(lambda: not any(count for old, count in self._sending.items() if old < epoch))
 
     async def close(self) -> None:
+        if self._counting is not None:
+            self._counting.cancel()
         await self.source.halt()
         if self._dead_letters is not None:
             await asyncio.to_thread(self._dead_letters.close)
 
     def status(self) -> dict[str, Any]:
-        """Counters, lag, workers that have no room, and histograms (as `Histogram.to_wire`); plain msgpack types."""
+        """Counters, how far the dead letters' topic goes, lag, workers that have no room, Kafka's outage if there is
+        one, and histograms (as `Histogram.to_wire`); plain msgpack types.
+        """
+        away = self.source.away
         return {
             **self.counts,
+            "letters": list(self._letters.items()),
+            "worker": self._node.address,
+            "kafka_away": None if away is None else [away.since, away.broker, away.error],
+            "early": self._early.count,
+            "skew_ms": self._early.skew,
             "lag": self.source.lag,
             "rate": self._rate.now(),
             "full": sorted(self._full),
@@ -271,6 +333,7 @@ class Ingest:
             schema=self._schema,
             encoder=spec.encoder,
             max_record_bytes=self._settings.max_record_bytes,
+            largest=_FLOAT16_MAX if spec.index.dtype == "float16" else float("inf"),
         )
         if len(raw.keys) <= 64:  # well under a millisecond: not worth a thread
             return decode(raw, wanted, self._node.backend.frames)
@@ -317,7 +380,7 @@ class Ingest:
                 await self._everywhere(batch, batch.raw.ranges)
             else:
                 await self._everywhere(batch, batch.raw.ranges)
-        batch.applied_at = time.time()
+        batch.applied_at = self._node.clock()
         return batch
 
     async def _everywhere(self, batch: MicroBatch, ranges: Mapping[int, tuple[int, int]]) -> None:
@@ -329,6 +392,9 @@ class Ingest:
         pause = self._settings.retry_delay
         while True:
             state = self._replica.state
+            if state.incarnation != self.incarnation:
+                # These records may be of a topic that is no more: they have no place among the new one's.
+                raise CollectionNotFound(f"collection {state.spec.name!r} has begun anew")
             self._sending[state.epoch] = self._sending.get(state.epoch, 0) + 1
             failed: dict[str, str] = {}
             full: dict[str, StoreFull] = {}
@@ -371,8 +437,8 @@ class Ingest:
         for worker in full.keys() - self._full.keys():
             log.warning("collection %r: %s: %s; records wait in Kafka", name, worker, full[worker])
             self._alarm(
-                f"{worker} reached its store.memory-limit and took no more rows: records waited in Kafka; add a worker "
-                "or raise the limit"
+                f"{worker} reached its store.memory-limit and took no more rows: records waited in Kafka, deletes "
+                "behind them too; add a worker or raise the limit"
             )
         self._full = {worker: str(error) for worker, error in full.items()}
 
@@ -400,12 +466,11 @@ class Ingest:
 
     def _account(self, batch: MicroBatch) -> None:
         assert batch.decoded is not None
-        now = time.time()
+        now = self._node.clock()
         usable = len(batch.decoded.ids)
         if usable:
             stamps = batch.raw.timestamps[batch.decoded.rows].astype(np.float64)
-            # A producer's clock may be ahead of ours; a negative age would be a lie in the other direction.
-            self.freshness.add_many(np.maximum(batch.applied_at * 1e3 - stamps, 0.0))
+            self.freshness.add_many(self._early.sift(batch.applied_at * 1e3 - stamps))
             batch.took["acknowledge"] = now - batch.applied_at
             for stage in STAGES:
                 self.stages[stage].add(batch.took.get(stage, 0.0) * 1e3)
@@ -416,8 +481,7 @@ class Ingest:
         self.counts["batches"] += 1
         self._rate.add(usable)
 
-    # -- what cannot be used
-    # ---------------------------------------------------------------------------------------------
+    # -- what cannot be used, and what is told -------------------------------------------------------------------------
 
     async def _write_dead_letters(self, batch: MicroBatch) -> None:
         assert batch.decoded is not None
@@ -428,11 +492,11 @@ class Ingest:
         self.counts["dead_letters"] += 1
 
     async def _to_dead_letters(self, raw: RawBatch, refusals: list[Refusal]) -> None:
-        def write() -> None:
+        def write() -> Mapping[int, int]:
             if self._dead_letters is None:
                 kafka = dict(self._settings.reader.kafka)
                 self._dead_letters = DeadLetters(self._kafka.bootstrap, self._kafka.topic, settings=kafka)
-            self._dead_letters.write(raw, refusals)
+            return self._dead_letters.write(raw, refusals).offsets
 
         first = refusals[0]
         log.warning(
@@ -443,7 +507,10 @@ class Ingest:
             raw.offsets[first.row],
             first.reason,
         )
-        await asyncio.to_thread(write)
+        self._letters_end(await asyncio.to_thread(write))
+
+    def _topic_found(self, seen: Seen) -> None:
+        self._node.topic_found(self._replica.state.spec.name, self._kafka.topic_id, seen)
 
     def _alarm(self, text: str) -> None:
         self._node.alarm(self._replica.state.spec.name, text)

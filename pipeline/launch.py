@@ -8,15 +8,23 @@ from typing import Any
 
 from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.scheduler import HeadraceScheduler
+from headrace.cluster.snapshot_settings import SnapshotSettings
 from headrace.gpu.errors import ConfigError
 from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
 from headrace.pipeline import config
+from headrace.pipeline.arguments import snapshot_url
 from headrace.pipeline.ingest import IngestSettings
 from headrace.pipeline.node import HeadraceWorker
 from headrace.streams.reader import ReaderSettings
 
-__all__ = ["check_host", "cluster_options", "dashboard_address", "plugins_from_config"]
+__all__ = [
+    "check_host",
+    "cluster_options",
+    "dashboard_address",
+    "plugins_from_config",
+    "refuse_for_a_running_cluster",
+]
 
 
 def check_host(host: str) -> None:
@@ -40,6 +48,22 @@ def check_host(host: str) -> None:
             f"refusing to listen on {host} without TLS, because whoever reaches a Dask port can run code: "
             "use 127.0.0.1, or set distributed.comm.require-encryption and the certificates under distributed.comm.tls"
         )
+
+
+def refuse_for_a_running_cluster(**given: object) -> None:
+    """Refuse what only a cluster that is started can be told, where an address is given; None is not given.
+
+    Raises
+    ------
+    ConfigError
+        Something is given; it names it.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r} cannot be chosen for a cluster that runs already: leave it out, or leave out the "
+                "address to start a cluster"
+            )
 
 
 def cluster_options(workers: int, *, processes: bool, dashboard: str | None, host: str, port: int) -> dict[str, Any]:
@@ -104,6 +128,13 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
         rebalance_rows=config.get("placement.rebalance-rows"),
         silence=config.get("ingest.apply-deadline"),
         grace=config.get("scheduler.grace"),
+        snapshots=SnapshotSettings(
+            url=snapshot_url(config.get("snapshots.url") or ""),
+            every=config.get("snapshots.every"),
+            keep=config.get("snapshots.keep"),
+            options=config.snapshot_options(),
+            gather=config.get("scheduler.grace"),
+        ),
     )
     gather = GatherSettings(
         at_once=config.get("search.at-once"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,16 +14,18 @@ import numpy.typing as npt
 
 from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.replica import Replica
-from headrace.cluster.state import CollectionState
+from headrace.cluster.state import CollectionState, Source
 from headrace.cluster.wire import floats_to_wire, offsets_to_wire
 from headrace.cluster.worker import WorkerNode
-from headrace.gpu.errors import ClusterError, EncoderError, StaleEpoch
+from headrace.gpu.errors import BrokerError, ClusterError, EncoderError, HeadraceError, StaleEpoch
 from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
 from headrace.pipeline.encoders import load_encoder
 from headrace.pipeline.ends import Ends
 from headrace.pipeline.ingest import Encode, Ingest, IngestSettings
 from headrace.pipeline.mending import Mender
+from headrace.streams.topic_identity import Seen
+from headrace.streams.topics import Offsets
 
 __all__ = ["HeadraceWorker"]
 
@@ -58,12 +61,17 @@ class HeadraceWorker(WorkerNode):
         )
         self._encoder_threads = encoder_threads
 
+    def clock(self) -> float:
+        """Seconds since the epoch: what freshness is measured with, and nothing else is."""
+        return time.time()
+
     async def setup(self, worker: Any) -> None:
         self._seed = self.seeded()  # before it holds what cannot travel
         self._ingests: dict[str, Ingest] = {}
         self._following: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._ends: dict[str, Ends] = {}
+        self._ends: dict[str, tuple[Source, Ends]] = {}
+        self._finding: set[str] = set()
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="headrace-encode")
         self._querying = ThreadPoolExecutor(1, thread_name_prefix="headrace-query")
         # Apart from each other: whoever waits for a broker that is away must not hold up what only computes.
@@ -135,6 +143,38 @@ class HeadraceWorker(WorkerNode):
             else:
                 return
 
+    def topic_found(self, collection: str, known: str, seen: Seen) -> None:
+        """Have the scheduler know of the topic that was found where one with the id `known` was read."""
+        if collection not in self._finding:
+            self._finding.add(collection)
+            self._spawn(self._tell_topic(collection, known, seen))
+
+    async def _tell_topic(self, collection: str, known: str, seen: Seen) -> None:
+        """Tried once: the topic's watch finds it again at its next look."""
+        try:
+            source = self.replica(collection).state.source
+            if source is None or source.topic_id != known:
+                return
+            kafka = dict(self._ingest_settings.reader.kafka)
+
+            def look() -> dict[int, int]:
+                return Offsets(source.bootstrap, source.topic, settings=kafka).earliest()
+
+            origins = await asyncio.get_running_loop().run_in_executor(self._blocking, look)
+            found = {
+                "bootstrap": source.bootstrap,
+                "topic": source.topic,
+                "partitions": seen.partitions,
+                "format": source.format,
+                "origins": offsets_to_wire(origins),
+                "topic_id": seen.topic_id,
+            }
+            await self.call_scheduler("topic_found", collection=collection, known=known, source=found, deadline=30.0)
+        except HeadraceError as error:
+            log.warning("collection %r: its topic is looked at again: %s", collection, error)
+        finally:
+            self._finding.discard(collection)
+
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -170,15 +210,20 @@ class HeadraceWorker(WorkerNode):
         vectors = await self._encoder_of(encoder, self._querying)(list(texts))
         return {"vectors": floats_to_wire(vectors)}
 
-    async def on_offsets(self, collection: str, max_age: float) -> dict[str, Any]:
-        """The topic's end offsets, as they were at most `max_age` seconds ago."""
+    async def on_offsets(self, collection: str, max_age: float, deadline_s: float = 5.0) -> dict[str, Any]:
+        """The topic's end offsets, as they were at most `max_age` seconds ago; `BrokerError` if Kafka does not say."""
         source = self.replica(collection).state.source
         if source is None:
             return {"offsets": []}
-        if collection not in self._ends:
+        if collection not in self._ends or self._ends[collection][0] != source:  # the topic may have been made anew
             kafka = dict(self._ingest_settings.reader.kafka)
-            self._ends[collection] = Ends(source.bootstrap, source.topic, kafka, self._blocking)
-        return {"offsets": offsets_to_wire(await self._ends[collection].known(max_age))}
+            self._ends[collection] = source, Ends(source.bootstrap, source.topic, kafka, self._blocking)
+        try:
+            async with asyncio.timeout(deadline_s):
+                ends = await self._ends[collection][1].known(max_age)
+        except TimeoutError as error:
+            raise BrokerError(f"Kafka ({source.bootstrap}) did not say within {deadline_s:.3g} s") from error
+        return {"offsets": offsets_to_wire(ends)}
 
     async def on_mend(
         self, collection: str, epoch: int, ids: Sequence[Any], anew: Sequence[bool], deadline_s: float
@@ -201,4 +246,5 @@ class HeadraceWorker(WorkerNode):
         return {
             "ingest": None if ingest is None else ingest.status(),
             "reading": [] if ingest is None else sorted(ingest.source.assigned),
+            "clock": self.clock(),
         }

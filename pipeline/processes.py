@@ -12,9 +12,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+from headrace.cluster.staying import leave
 from headrace.gpu.errors import ClusterError
 from headrace.pipeline import config
 from headrace.pipeline.cli_common import shielded
@@ -26,12 +30,16 @@ log = logging.getLogger("headrace.pipeline")
 
 _PAUSES = (0.2, 5.0)
 _END_SECONDS = 20.0
+_LOOK = 0.1
 
 
 async def run_scheduler(
     host: str, port: int, dashboard: str | None, backend: str | None, workers: int, ready: Callable[[str], None]
 ) -> None:
     """Run a scheduler with Headrace on it until SIGTERM or Ctrl-C; `ready` is told its address.
+
+    Its workers stay up then, as if it had died, and wait for one in its place: it may be ended to be upgraded, or moved
+    by whatever runs it. Who ends a whole cluster ends the workers too.
 
     Raises
     ------
@@ -49,7 +57,13 @@ async def run_scheduler(
     plugin.hand_out(dumps(worker_plugin))  # type: ignore[no-untyped-call]
     logging.getLogger("distributed").setLevel(logging.WARNING)  # importing it has set it to INFO
     stopped = _signalled()
-    scheduler = Scheduler(host=host, port=port, dashboard_address=dashboard_address(dashboard, host), plugins=[plugin])
+    where = dashboard_address(dashboard, host)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Port \d+ is already in use", UserWarning)  # told below, as a sentence
+        scheduler = Scheduler(host=host, port=port, dashboard_address=where, plugins=[plugin])
+    listens = scheduler.http_server.port  # type: ignore[attr-defined]
+    if (taken := where.rpartition(":")[2]) not in ("0", str(listens)):
+        log.warning("port %s is taken: the dashboard listens at port %d", taken, listens)
     await plugin.start(scheduler)  # before the first worker can come
     try:
         await scheduler
@@ -57,6 +71,8 @@ async def run_scheduler(
         raise ClusterError(f"no scheduler can listen at {host}:{port} ({error}): is the port taken?") from error
     ready(scheduler.address)
     await stopped.wait()
+    await plugin.close()
+    leave(scheduler)
     await scheduler.close(reason="headrace-stopped")
 
 
@@ -87,24 +103,66 @@ async def run_workers(address: str, count: int, host: str) -> None:
         )
         for _ in range(count)
     ]
-    try:
-        with shielded():
-            await asyncio.gather(*nannies)
-    except (OSError, TimeoutError, RuntimeError) as error:
-        await asyncio.gather(*(nanny.close() for nanny in nannies), return_exceptions=True)
-        raise ClusterError(
-            f"no worker could be started for {address} ({type(error).__name__}: {error}): is its scheduler running?"
-        ) from error
 
     async def finished() -> None:
         await asyncio.gather(*(nanny.finished() for nanny in nannies))  # type: ignore[no-untyped-call]
 
-    waiting = [asyncio.create_task(stopped.wait()), asyncio.create_task(finished())]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for task in waiting:
+    starting = asyncio.gather(*nannies)
+    try:
+        with shielded():
+            # Without a scheduler the start never ends, so an end that comes meanwhile must not wait for it.
+            await _first(starting, stopped.wait(), _interrupted())
+        if starting.done():
+            starting.result()
+            await _first(stopped.wait(), finished())
+    except (OSError, TimeoutError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        cure = "is its scheduler running?" if isinstance(cause, OSError | TimeoutError) else "its process ended"
+        raise ClusterError(
+            f"no worker could be started for {address} ({type(error).__name__}: {error}): {cure}"
+        ) from error
+    finally:
+        await _end(nannies, starting)
+
+
+async def _first(*awaitables: Awaitable[Any]) -> None:
+    """Wait for the first of them; coroutines are ended then, futures are left alone."""
+    tasks = [asyncio.ensure_future(each) for each in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    own = [task for task, each in zip(tasks, awaitables, strict=True) if task is not each]
+    for task in own:
         task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    await asyncio.gather(*(nanny.close() for nanny in nannies))
+    await asyncio.gather(*own, return_exceptions=True)
+
+
+async def _interrupted() -> None:
+    """Return when a Ctrl-C waits behind `shielded`."""
+    while signal.SIGINT not in signal.sigpending():
+        await asyncio.sleep(_LOOK)
+
+
+async def _end(nannies: Sequence[Any], starting: asyncio.Future[Any]) -> None:
+    """Close nannies that may not be up yet.
+
+    `distributed.Nanny.close` waits until the worker process is up, which without a scheduler is never: a process that
+    is still starting holds nothing and is killed.
+    """
+    closing = asyncio.gather(*(nanny.close() for nanny in nannies), return_exceptions=True)
+    until = time.monotonic() + _END_SECONDS
+    while not (closing.done() and starting.done()) and time.monotonic() < until:
+        for nanny in nannies:
+            process = nanny.process
+            if process is not None and process.status.name == "starting" and process.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        await asyncio.wait([each for each in (closing, starting) if not each.done()], timeout=_LOOK)
+    for problem in closing.result() if closing.done() else []:
+        if isinstance(problem, Exception):
+            log.warning("a worker's nanny did not close in order (%s: %s)", type(problem).__name__, problem)
+    for each in (closing, starting):
+        each.cancel()
+    # What the start failed of has been told, or was the end itself.
+    await asyncio.gather(closing, starting, return_exceptions=True)
 
 
 def _signalled() -> asyncio.Event:
@@ -115,12 +173,18 @@ def _signalled() -> asyncio.Event:
 
 
 def end_with_parent() -> None:
-    """Have this process end when its standard input does: when whoever holds the other end is gone, however it went."""
+    """Have this process end when its standard input does: when whoever holds the other end is gone, however it went.
+
+    In order, and by force after 20 s: nobody is there any more who would see that it hangs. Worker processes end with
+    the one that started them, whatever it ended of.
+    """
 
     def watch() -> None:
         while os.read(0, 4096):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_END_SECONDS)
+        os._exit(1)
 
     threading.Thread(target=watch, name="headrace-parent", daemon=True).start()
 
@@ -145,9 +209,9 @@ class Child:
         return self._process.pid
 
     @property
-    def ended(self) -> bool:
-        """It is not running at the moment."""
-        return self._process.poll() is not None
+    def code(self) -> int | None:
+        """With which code it ended, a signal's number below 0; None while it runs."""
+        return self._process.poll()
 
     def keep(self) -> None:
         """From now on, start it again whenever it ends."""

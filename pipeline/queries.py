@@ -13,6 +13,7 @@ from headrace.cluster.wire import rows_from_wire
 from headrace.gpu.errors import RecordError
 from headrace.gpu.store import StoredRow
 from headrace.pipeline.results import Hit
+from headrace.streams.vector_checks import kind_fault
 
 __all__ = ["best", "texts_in", "vectors_in"]
 
@@ -54,9 +55,13 @@ def vectors_in(query: Any, spec: CollectionSpec) -> tuple[Vectors, bool]:
         They have another length, or numbers that are not finite in float32, or no direction where the metric is cosine.
     """
     try:
-        given = np.asarray(query, dtype=np.float64)
+        given = np.asarray(query)
+        why = kind_fault(query, given)  # NumPy would make numbers of it, and leave out imaginary parts
+        given = given if why else given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise RecordError(f"the query is neither a text nor a vector nor a list of either: {error}") from error
+    if why:
+        raise RecordError(f"the query has {why} in it: search with real numbers")
     vectors = np.atleast_2d(given)
     if vectors.ndim != 2 or (len(vectors) and vectors.shape[1] != spec.dim):
         raise RecordError(

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from headrace.cluster.calls import Call
 from headrace.cluster.placement import cover
@@ -25,6 +25,7 @@ from headrace.gpu.errors import (
 )
 from headrace.gpu.filters import Filter, parse
 from headrace.pipeline import config
+from headrace.pipeline.cuts import left_behind
 from headrace.pipeline.hedging import Pace, hedged, let_go
 from headrace.pipeline.results import Bounded, Consistency
 
@@ -38,6 +39,12 @@ Ask = Callable[[str], Awaitable[dict[str, Any]]]
 _STATE_AGE = 1.0
 _AVOID = 1.0
 _PAUSE = 0.01
+_TORN = 0.25
+_GRACE = 0.5
+"""Seconds beyond a read's deadline that an answer may be under way: a worker that waits keeps the deadline itself, and
+says what was missing."""
+_KAFKA_SHARE = 0.8
+"""Of a deadline, what Kafka may take to say how far the topic goes: so a worker that waits for it can still say so."""
 
 
 def consistency_of(given: Consistency) -> tuple[str, float]:
@@ -94,6 +101,12 @@ class Router:
         assert self._state is not None
         return self._state
 
+    @property
+    def topic_id(self) -> str:
+        """Kafka's id of the collection's topic, as far as it is known here; "" if it is not."""
+        source = self._state.source if self._state is not None else None
+        return "" if source is None else source.topic_id
+
     async def _fetch(self, deadline: float) -> None:
         epoch = -1 if self._state is None else self._state.epoch
         asked = {"collection": self.name, "epoch": epoch}
@@ -120,7 +133,7 @@ class Router:
             if self._state is None or new.epoch >= self._state.epoch:
                 self._state = new
         assert self._state is not None
-        self._state = self._state.with_(schema=dict(answer["schema"]), alarms=tuple(answer["alarms"]))
+        self._state = self._state.hearing(answer)
         self._state_at = time.monotonic()
 
     async def _probe(self) -> None:
@@ -204,7 +217,7 @@ class Router:
         Raises
         ------
         ConsistencyTimeout
-            Kafka did not say how far the topic goes.
+            Kafka did not say how far the topic goes, or no worker answered.
         """
         level, staleness = consistency_of(consistency)
         if level == "eventual":
@@ -212,7 +225,7 @@ class Router:
         if level == "session":
             return dict(session)
         try:
-            answer = await self.ask_any("offsets", deadline, max_age=staleness)
+            answer = await self.ask_any("offsets", deadline, max_age=staleness, deadline_s=_KAFKA_SHARE * deadline)
         except BrokerError as error:
             raise ConsistencyTimeout(
                 f"collection {self.name!r}: consistency {level!r} needs to know how far the topic goes, and {error}; "
@@ -225,7 +238,13 @@ class Router:
         return ends
 
     async def ask_any(self, op: str, deadline: float, **message: Any) -> dict[str, Any]:
-        """Ask one active worker, another if it is slow or does not answer."""
+        """Ask one active worker, another if it is slow or does not answer.
+
+        Raises
+        ------
+        ConsistencyTimeout
+            None answered within `deadline` seconds.
+        """
         until = time.monotonic() + deadline
         while True:
             state = await self.known()
@@ -237,27 +256,42 @@ class Router:
                 turn = self._any_turn % len(workers)
                 ask = self._asking(op, until, collection=self.name, **message)
                 return await self._ask_first(op, [*workers[turn:], *workers[:turn]], ask)
-            except (ClusterError, CollectionNotFound):
+            except (ClusterError, CollectionNotFound) as error:
                 if time.monotonic() >= until:
-                    raise
+                    self._missed(error, f"no worker answered '{op}'", deadline)
                 await self._look_again(until)
 
     async def ask_cover(
-        self, op: str, deadline: float, required: Mapping[int, int], **message: Any
+        self, op: str, deadline: float, required: Mapping[int, int], *, waits: bool = True, **message: Any
     ) -> list[dict[str, Any]]:
-        """Ask the fewest workers that together hold every cell; all answers are of one epoch.
+        """Ask the fewest workers that together hold every cell; all answers are of one epoch and fit together (`cuts`).
 
-        A worker that is slow or does not answer is stood in for by others that hold its share of the cells.
+        A worker that is slow or does not answer is stood in for by others that hold its share of the cells. Where a
+        row was on its way between two that were asked, all are asked again; a read that is not to wait (`waits`) makes
+        do with answers that do not fit together if one of them stays behind for longer than `_TORN` seconds.
 
         Raises
         ------
         ConsistencyTimeout
-            A worker had not applied `required` in time.
-        ClusterError
-            No set of copies answered within `deadline` seconds.
+            A worker had not applied `required` in time, or no set of copies answered within `deadline` seconds.
         """
         until = time.monotonic() + deadline
-        wanted = offsets_to_wire(required)
+        answers = await self._ask_cover(op, until, required, message)
+        torn_until = until if waits else min(until, time.monotonic() + _TORN)
+        while behind := left_behind([(_offsets(a, "applied"), _offsets(a, "moved")) for a in answers]):
+            needed = {tp: max(offset, behind.get(tp, 0)) for tp, offset in ({**behind, **required}).items()}
+            try:
+                answers = await self._ask_cover(op, torn_until, needed, message)
+            except ConsistencyTimeout:
+                if waits:
+                    raise
+                break
+        return answers
+
+    async def _ask_cover(
+        self, op: str, until: float, required: Mapping[int, int], message: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        wanted, deadline = offsets_to_wire(required), until - time.monotonic()
         while True:
             state = await self.known()
             self._turn += 1
@@ -269,7 +303,7 @@ class Router:
                     raise ClusterError(f"some cells of collection {self.name!r} have no copy that can be read")
                 ask = self._asking(
                     op,
-                    until + 0.5,  # the worker itself keeps the deadline, and says what was missing
+                    until + (_GRACE if required else 0.0),
                     collection=self.name,
                     epoch=state.epoch,
                     required=wanted,
@@ -279,9 +313,9 @@ class Router:
                 shares = self._shares(state, workers)
                 answers = await asyncio.gather(*(self._ask_share(op, w, shares[w], state, ask) for w in workers))
                 return [answer for some in answers for answer in some]
-            except (ClusterError, CollectionNotFound):
+            except (ClusterError, CollectionNotFound) as error:
                 if time.monotonic() >= until:
-                    raise
+                    self._missed(error, f"not all cells had a copy that answered '{op}'", deadline)
                 await self._look_again(until)
 
     async def _ask_first(self, op: str, workers: Sequence[str], ask: Ask) -> dict[str, Any]:
@@ -343,42 +377,48 @@ class Router:
         )
 
     async def wait_everywhere(self, required: Mapping[int, int], deadline: float) -> None:
-        """Return once every copy that is read has applied `required`; copies that die meanwhile no longer count.
+        """Return once every copy that is read has applied `required`; copies that die meanwhile no longer count. Where
+        no copy of some cell can be read, it waits for one.
 
         Raises
         ------
         ConsistencyTimeout
-            As `ask_cover`.
-        ClusterError
-            The workers could not be asked within `deadline` seconds.
+            A copy had not applied it in time, did not answer, or there was none.
         """
         until = time.monotonic() + deadline
         wanted = offsets_to_wire(required)
         newest = False
         while True:
-            state = await self.state(newest=newest)
-            left = max(0.001, until - time.monotonic())
             try:
-                ask = self._asking("wait", until + 0.5, collection=self.name, required=wanted, deadline_s=left)
-                await self._all_that_count({worker: asyncio.ensure_future(ask(worker)) for worker in state.active})
-            except (ClusterError, CollectionNotFound):
+                state = await self.state(newest=newest, deadline=max(0.05, until - time.monotonic()))
+                self._check_readable(state)
+                left = max(0.001, until - time.monotonic())
+                ask = self._asking("wait", until + _GRACE, collection=self.name, required=wanted, deadline_s=left)
+                answered = await self._all_that_count({w: asyncio.ensure_future(ask(w)) for w in state.active})
+                # A copy that has begun to be read meanwhile has to have them too.
+                after = await self.state(newest=True, deadline=max(0.05, until - time.monotonic()))
+                self._check_readable(after)
+                if answered.issuperset(after.active):
+                    return
+            except (ClusterError, CollectionNotFound) as error:
                 if time.monotonic() >= until:
-                    raise
+                    self._missed(error, "not every copy said that it had applied what was asked for", deadline)
                 await self._look_again(until)
                 newest = True
-                continue
-            # A copy that has begun to be read meanwhile has to have them too.
-            after = await self.state(newest=True)
-            if set(after.active) <= set(state.active):
-                return
 
-    async def _all_that_count(self, asked: dict[str, asyncio.Future[dict[str, Any]]]) -> None:
-        """Return when all have answered but those that are read no longer: one that hangs never would."""
+    def _check_readable(self, state: CollectionState) -> None:
+        if not state.active or not all(state.serving.get(cell) for cell in state.cells):
+            raise ClusterError(f"some cells of collection {self.name!r} have no copy that can be read")
+
+    async def _all_that_count(self, asked: dict[str, asyncio.Future[dict[str, Any]]]) -> set[str]:
+        """Return when all have answered but those that are read no longer: one that hangs never would; and who did."""
+        answered = set()
         try:
             while asked:
                 await asyncio.wait(asked.values(), timeout=_STATE_AGE, return_when=asyncio.FIRST_COMPLETED)
                 for worker in [worker for worker, answer in asked.items() if answer.done()]:
                     asked.pop(worker).result()
+                    answered.add(worker)
                 if asked:
                     active = (await self.state()).active
                     for worker in asked.keys() - set(active):
@@ -386,6 +426,16 @@ class Router:
         finally:
             for answer in asked.values():
                 let_go(answer)
+        return answered
+
+    def _missed(self, error: HeadraceError, what: str, deadline: float) -> NoReturn:
+        """A deadline has passed, and `error` is the last that was heard until then."""
+        if not isinstance(error, ClusterError):
+            raise error
+        raise ConsistencyTimeout(
+            f"collection {self.name!r}: {what} within {deadline:.3g} s: {error}; wait longer (deadline=), and see in "
+            "status() who does not answer"
+        ) from error
 
     def _asking(self, op: str, until: float, **message: Any) -> Ask:
         return lambda worker: self._ask(worker, op=op, until=until, **message)
@@ -415,3 +465,7 @@ class Router:
                 if self._state is None:
                     raise
                 # The scheduler is away: the copies that were known may still answer.
+
+
+def _offsets(answer: Mapping[str, Any], name: str) -> dict[int, int]:
+    return offsets_from_wire(answer.get(name, ()))

@@ -16,7 +16,21 @@ from headrace.gpu.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Bounded", "Consistency", "Difference", "Hit", "Hits", "Row", "Rows", "Verification", "Write", "bounded"]
+__all__ = [
+    "Bounded",
+    "Consistency",
+    "Difference",
+    "Hit",
+    "Hits",
+    "Loaded",
+    "Restoration",
+    "Row",
+    "Rows",
+    "Snapshot",
+    "Verification",
+    "Write",
+    "bounded",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +124,8 @@ class Hits(list[Hit]):
         """One row per hit: ``id``, ``score`` and a column for each attribute."""
         import pandas as pd
 
-        return pd.DataFrame([{"id": hit.id, "score": hit.score, **hit.attributes} for hit in self])
+        rows = [{"id": hit.id, "score": hit.score, **hit.attributes} for hit in self]
+        return pd.DataFrame(rows, columns=None if rows else ["id", "score"])
 
     def __repr__(self) -> str:
         lines = (f"  {hit.score:.3f}  {hit.id}" for hit in self)
@@ -164,3 +179,88 @@ class Verification:
     ids: list[Difference] = field(default_factory=list)
     differing: int = 0
     repaired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot at its place.
+
+    Attributes
+    ----------
+    name : str
+        By which `restore` finds it.
+    collection, url : str
+    rows : int
+    bytes, bytes_written : int
+        Of all its files; and what writing it added to what was there already.
+    seconds : float
+    created : float
+        Seconds since 1970.
+    offsets : dict of int to int
+        Topic partition to the offset from which the log is read behind it.
+    problem : str
+        Why it cannot be restored; empty if nothing is known against it. Its files are read only when it is.
+    """
+
+    name: str
+    collection: str
+    url: str
+    rows: int = 0
+    bytes: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    created: float = 0.0
+    offsets: dict[int, int] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What one worker has loaded of a snapshot.
+
+    Attributes
+    ----------
+    worker : str
+    cells, rows, bytes : int
+    adopted, rebuilt : int
+        Sealed segments that were taken over with their index, and those whose rows were taken out.
+    seconds : float
+    """
+
+    worker: str
+    cells: int
+    rows: int
+    bytes: int
+    adopted: int
+    rebuilt: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """A collection that has come back.
+
+    Attributes
+    ----------
+    collection : str
+    snapshot : Snapshot
+        That was loaded.
+    workers : tuple of Loaded
+    seconds : float
+        Until all workers had loaded their cells.
+    replayed : int
+        Offsets of the log that were then read, up to where it ended when the snapshot was loaded: as many records, less
+        what compaction has taken away.
+    catch_up_seconds : float or None
+        That this took; None if it was not done at the deadline, or no topic is read.
+    passed_over : tuple of str
+        A sentence for each newer snapshot that could not be used.
+    """
+
+    collection: str
+    snapshot: Snapshot
+    workers: tuple[Loaded, ...]
+    seconds: float
+    replayed: int = 0
+    catch_up_seconds: float | None = None
+    passed_over: tuple[str, ...] = ()

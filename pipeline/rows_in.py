@@ -55,6 +55,9 @@ def _rows(frame: Any) -> Iterable[Mapping[str, Any]]:
     if hasattr(frame, "to_pandas"):  # cuDF
         frame = frame.to_pandas()
     if hasattr(frame, "to_dict") and hasattr(frame, "columns"):
+        if not frame.columns.is_unique:  # pandas would keep the last one, with a warning
+            name = frame.columns[frame.columns.duplicated()][0]
+            raise RecordError(f"the frame has two columns {short(name)}: rename one")
         return frame.to_dict("records")  # type: ignore[no-any-return]
     if isinstance(frame, Mapping):
         return [frame]
@@ -69,7 +72,10 @@ def _key(position: int, row_id: Any, spec: CollectionSpec) -> bytes:
         raise RecordError(
             f"row {position}: id {row_id!r} is no {spec.ids}, and the ids of collection {spec.name!r} are"
         )
-    return encode_key(row_id)  # type: ignore[arg-type]  # NumPy's integers are taken too
+    try:
+        return encode_key(row_id)  # type: ignore[arg-type]  # NumPy's integers are taken too
+    except RecordError as error:
+        raise RecordError(f"row {position}: {error}") from error
 
 
 def _attributes(position: int, row: Any) -> dict[str, Any]:

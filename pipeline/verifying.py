@@ -29,6 +29,7 @@ from headrace.cluster.compare import (
 from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import offsets_from_wire, offsets_to_wire, rows_from_wire
 from headrace.gpu.errors import ClusterError, CollectionNotFound, ConsistencyTimeout, HeadraceError, StaleEpoch
+from headrace.gpu.ids import hash_ids, row_digests
 from headrace.gpu.rows import Id
 from headrace.gpu.store import StoredRow
 from headrace.pipeline.reads import Router
@@ -193,12 +194,32 @@ class Verifier:
         wanted = [row_id for row_id in ids if row_id not in one.found]
         for start in range(0, len(wanted), _AT_ONCE):
             await self._judge(one, cell, wanted[start : start + _AT_ONCE])
+        # A healthy copy may be odd all the while: first it is ahead of another, then behind it.
         after = await self._odd(state, cell, deep=False)
         same = {worker: np.intersect1d(some, after[worker]) for worker, some in before.items() if worker in after}
-        # A row that is odd before and after, and whose id is not: the copy answers with a row that it does not know of.
-        strays = set(await self._ids_of(state, cell, same, deep=False))
+        strays = await self._unknown(state, cell, {worker: some for worker, some in same.items() if len(some)})
         if strays - one.found.keys() - one.unclear.keys():
             one.odd.add(cell)
+
+    async def _unknown(
+        self, state: CollectionState, cell: int, digests: Mapping[str, npt.NDArray[np.uint64]]
+    ) -> set[Id]:
+        """Ids of those rows, seen just now, that their copies still answer with although they do not know of them.
+
+        A copy's versions of an id only rise while its placement stands still. So what it answered with before and
+        answers with afterwards it must also know in between, at that very version.
+        """
+        strays: set[Id] = set()
+        for worker, some in digests.items():
+            ids = await self._ids_of(state, cell, {worker: some}, deep=False)
+            known = [some[:0]]
+            for start in range(0, len(ids), _AT_ONCE):
+                asked = ids[start : start + _AT_ONCE]
+                answer = await self._ask(worker, "heard", state, ids=asked, required=[], deadline_s=self._left())
+                known.append(_known_digests(asked, heard_from_wire(answer["heard"]), state.spec.ids))
+            unknown = np.setdiff1d(some, np.concatenate(known))
+            strays |= set(await self._ids_of(state, cell, {worker: unknown}, deep=False))
+        return strays
 
     async def _odd(self, state: CollectionState, cell: int, *, deep: bool) -> dict[str, npt.NDArray[np.uint64]]:
         """By worker, digests of rows of one cell that are not everywhere where they should be; the first 20,000."""
@@ -330,6 +351,14 @@ class Verifier:
 def _overtaken(here: Mapping[str, Heard | None], first: Heard) -> bool:
     """Has every copy applied something newer than what was in doubt? Then that is gone, whatever it was."""
     return all(one is not None and one.newer_than(first) for one in here.values())
+
+
+def _known_digests(ids: Sequence[Id], heard: Sequence[Heard | None], kind: str) -> npt.NDArray[np.uint64]:
+    """The digests of those rows that a copy knows of."""
+    live = [(row_id, one) for row_id, one in zip(ids, heard, strict=True) if one is not None and one.live]
+    partitions = np.array([one.topic_partition for _, one in live], dtype=np.int32)
+    offsets = np.array([one.offset for _, one in live], dtype=np.int64)
+    return row_digests(hash_ids([row_id for row_id, _ in live], kind), partitions, offsets)
 
 
 def _contents(same: Mapping[str, StoredRow]) -> dict[str, str]:

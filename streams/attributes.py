@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["check_columns", "short"]
+__all__ = ["BEYOND", "check_columns", "short"]
 
 _KINDS: Mapping[type, str] = {int: "int", float: "float", bool: "bool", str: "str"}
 _FITTING: Mapping[str, set[type]] = {"int": {int}, "float": {int, float}, "bool": {bool}, "str": {str}}
 _INT64 = 1 << 63
+BEYOND = f"beyond the range of int64 ({-_INT64} to {_INT64 - 1})"
+"""What is said of a whole number that no column and no id can hold."""
 
 
 def short(value: object, most: int = 60) -> str:
@@ -102,7 +104,7 @@ def _kind(name: str, value: Any, known: str | None) -> tuple[str, str]:
         what = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else type(value).__name__
         return "", f"attribute {short(name)} is {what} {short(value)}: only str, int, float, bool and null are allowed"
     if kind == "int" and not -_INT64 <= value < _INT64:
-        return "", f"attribute {short(name)} is {short(value)}, beyond the range of int64: write it as a str"
+        return "", f"attribute {short(name)} is {short(value)}, {BEYOND}: write it as a str"
     if known in (None, kind) or (known == "float" and kind == "int"):
         return known or kind, ""
     return "", f"attribute {short(name)} is {kind} {short(value)}, but this column holds {known}"

@@ -60,6 +60,8 @@ class RecordSpec:
         ``name@version`` of the collection's encoder; None: records must carry vectors.
     max_record_bytes : int
         Key, value and headers together.
+    largest : float
+        No number of a vector may be larger: of what the collection keeps vectors as, such as float16.
     """
 
     dim: int
@@ -69,6 +71,7 @@ class RecordSpec:
     schema: Mapping[str, str]
     encoder: str | None
     max_record_bytes: int = 1 << 20
+    largest: float = float("inf")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from headrace.streams.clients import COMMON_SETTINGS, KafkaLog, is_embedded
+from headrace.streams.link import Link
 
 __all__ = ["ReaderSettings", "connect"]
 
@@ -62,30 +63,39 @@ def connect(
     settings: ReaderSettings,
     on_commit: Callable[[KafkaError | None, list[TopicPartition]], None],
     stopping: threading.Event,
+    link: Link | None = None,
 ) -> Consumer | None:
     """A consumer that has met its cluster; None if `stopping` is set before a broker answers.
 
-    `on_commit` is called from its `poll` with what became of each asynchronous commit.
+    `on_commit` is called from its `poll` with what became of each asynchronous commit; `link` hears of outages.
     """
-    consumer = _consumer(bootstrap, group, settings, settings.fetch_wait, on_commit)
+    consumer = _consumer(bootstrap, group, settings, settings.fetch_wait, on_commit, link)
     while not stopping.is_set():
         try:
             cluster = consumer.list_topics(topic, timeout=_ASK).cluster_id
         except KafkaException as failure:
-            # librdkafka goes on connecting in the meantime, and its own log says to whom.
+            # librdkafka goes on connecting in the meantime; polled, it says to whom.
+            consumer.poll(0.02)
             log.debug("topic %s: no broker answers yet: %s", topic, failure.args[0].str())
-            stopping.wait(0.02)
             continue
+        if link is not None:
+            consumer.poll(0)  # what is still to be said of an outage that is over
+            link.answered()
         if is_embedded(cluster) and settings.fetch_wait > _EMBEDDED_FETCH_WAIT:
             consumer.close()
-            consumer = _consumer(bootstrap, group, settings, _EMBEDDED_FETCH_WAIT, on_commit)
+            consumer = _consumer(bootstrap, group, settings, _EMBEDDED_FETCH_WAIT, on_commit, link)
         return consumer
     consumer.close()
     return None
 
 
 def _consumer(
-    bootstrap: str, group: str, settings: ReaderSettings, fetch_wait: float, on_commit: Callable[..., None]
+    bootstrap: str,
+    group: str,
+    settings: ReaderSettings,
+    fetch_wait: float,
+    on_commit: Callable[..., None],
+    link: Link | None,
 ) -> Consumer:
     return Consumer(
         {
@@ -104,6 +114,7 @@ def _consumer(
             "queued.max.messages.kbytes": "16384",
             "max.poll.interval.ms": "86400000",  # assigned, not subscribed: back-pressure may take any time
             **settings.kafka,
+            **(link.settings if link is not None else {}),
         },
-        logger=KafkaLog(),
+        logger=link or KafkaLog(),
     )

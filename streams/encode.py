@@ -14,7 +14,8 @@ import numpy.typing as npt
 import orjson
 
 from headrace.gpu.errors import RecordError
-from headrace.streams.attributes import short
+from headrace.streams.attributes import BEYOND, short
+from headrace.streams.vector_checks import kind_fault
 
 __all__ = [
     "ATTRIBUTES_HEADER",
@@ -51,8 +52,10 @@ def encode_key(id: str | int) -> bytes:
             return id.encode()
         except UnicodeEncodeError as error:
             raise RecordError(f"id {id!r} cannot be written as UTF-8: use another id") from error
-    if isinstance(id, int) and not isinstance(id, bool) and -_INT64 <= id < _INT64:
-        return b"%d" % id
+    if isinstance(id, int) and not isinstance(id, bool):
+        if -_INT64 <= id < _INT64:
+            return b"%d" % id
+        raise RecordError(f"id {short(id)} is {BEYOND}: write it as a str")
     raise RecordError(f"id {short(id)} cannot be a key: use a str that is not empty or an int of 64 bits")
 
 
@@ -138,6 +141,8 @@ def encode_binary(
 
 def _vector(id: str | int, vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
     try:
+        if why := kind_fault(vector):
+            raise TypeError(f"it has {why} in it")
         with np.errstate(over="ignore"):  # becomes infinite, which is refused below
             numbers = np.ascontiguousarray(vector, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -161,7 +166,9 @@ def _flat(id: str | int, attributes: Mapping[str, Any]) -> dict[str, Any]:
                 "only str, int, float, bool and None can be written"
             )
         if type(value) is int and not -_INT64 <= value < _INT64:
-            raise RecordError(f"attribute {name!r} of record {short(id)} is {short(value)}, beyond 64 bits")
+            raise RecordError(
+                f"attribute {name!r} of record {short(id)} is {short(value)}, {BEYOND}: write it as a str"
+            )
         if type(value) is float and not np.isfinite(value):
             raise RecordError(f"attribute {name!r} of record {short(id)} is {value}: write None where it is missing")
         flat[name] = value

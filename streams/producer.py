@@ -13,9 +13,10 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from headrace.gpu.errors import BrokerError, ConfigError, ProduceError, RecordError, TopicError
 from headrace.streams.attributes import short
-from headrace.streams.clients import COMMON_SETTINGS, KafkaLog
+from headrace.streams.clients import COMMON_SETTINGS
 from headrace.streams.delivery import Delivered, Flight
 from headrace.streams.encode import RESERVED, encode_json, encode_key
+from headrace.streams.link import Link
 from headrace.streams.topics import Offsets, topic_partitions
 
 __all__ = ["PROFILES", "Delivered", "Offsets", "RecordProducer", "topic_partitions"]
@@ -110,8 +111,11 @@ class RecordProducer:
         self._dropped: list[bytes | None] = []
         self._sent = Flight(self._dropped)
         self._swap = threading.Lock()
+        self._link = Link(
+            bootstrap, f"producer of topic {topic!r}", "records wait here, and are sent by itself when it is back"
+        )
         try:
-            self._producer = Producer(config, logger=KafkaLog())
+            self._producer = Producer({**config, **self._link.settings}, logger=self._link)
         except KafkaException as failure:
             raise ConfigError(f"librdkafka refuses these producer settings: {failure.args[0].str()}") from failure
         self._max_bytes = int(config.get("message.max.bytes", _DEFAULT_MAX_BYTES))
@@ -241,6 +245,8 @@ class RecordProducer:
                 self._polling.release()
         with flight.lock:
             waiting, failed, landed = flight.waiting, list(flight.failed), flight.landed()
+        if landed.count:
+            self._link.answered()
         total = landed.count + len(failed) + waiting
         if failed:
             key, error = failed[0]

@@ -18,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from headrace.streams.batches import RawBatch
 from headrace.streams.commits import Commits
 from headrace.streams.consumer import ReaderSettings, connect
+from headrace.streams.link import Link
 
 __all__ = ["Reader", "ReaderSettings"]
 
@@ -40,6 +41,14 @@ class Reader:
     alarm : callable
         Called on the reader's thread with a sentence when offsets were lost.
     settings : ReaderSettings, optional
+    fell_short : callable, optional
+        Called on the reader's thread, instead of `alarm`, with the sentence to be said of a log that ends below what
+        had been read: somebody else may know better what has happened to the topic.
+
+    Attributes
+    ----------
+    link : Link
+        Whether its brokers are there.
 
     Notes
     -----
@@ -54,11 +63,15 @@ class Reader:
         hand_over: Callable[[RawBatch], None],
         alarm: Callable[[str], None],
         settings: ReaderSettings | None = None,
+        fell_short: Callable[[str], None] | None = None,
     ) -> None:
         self.topic, self.settings = topic, settings or ReaderSettings()
         self.max_batch = self.settings.max_batch
         self._bootstrap, self._group = bootstrap, group
-        self._hand_over, self._alarm = hand_over, alarm
+        self._hand_over, self._alarm, self._fell_short = hand_over, alarm, fell_short or alarm
+        self.link = Link(
+            bootstrap, f"reader of topic {topic!r}", "records wait there, and it reads on by itself when it is back"
+        )
         self._orders: queue.SimpleQueue[Callable[[Consumer], None]] = queue.SimpleQueue()
         self._next: dict[int, int] = {}
         self._ends: dict[int, int] = {}
@@ -100,15 +113,6 @@ class Reader:
 
         self._orders.put(order)
 
-    def begin_again(self) -> None:
-        """The topic is another than before: read all of it from where its logs begin."""
-
-        def order(consumer: Consumer) -> None:
-            self._next = {tp: self._bounds(consumer, tp, (0, 0))[0] for tp in self._next}
-            self._assign_all(consumer)
-
-        self._orders.put(order)
-
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Tell Kafka that everything below these offsets is done; sent within `commit_interval`."""
         done = dict(offsets)
@@ -140,7 +144,13 @@ class Reader:
         consumer = None
         try:
             consumer = connect(
-                self._bootstrap, self.topic, self._group, self.settings, self._commits.answered, self._stopping
+                self._bootstrap,
+                self.topic,
+                self._group,
+                self.settings,
+                self._commits.answered,
+                self._stopping,
+                self.link,
             )
             while consumer is not None and not self._stopping.is_set():
                 self._carry_out_orders(consumer)
@@ -208,6 +218,7 @@ class Reader:
         self._pass_markers(consumer, ranges, again)
         self._look_at_ends(consumer, pulled)
         if ranges:
+            self.link.answered()
             self._give(usable, ranges, pulled)
 
     def _pass_markers(self, consumer: Consumer, ranges: dict[int, tuple[int, int]], again: set[int]) -> None:
@@ -305,7 +316,7 @@ class Reader:
             )
             ranges[tp] = (ranges[tp][0] if tp in ranges else expected, low)
         elif expected > high:
-            self._alarm(
+            self._fell_short(
                 f"topic {self.topic!r}, topic partition {tp}: the log ends at offset {high}, below {expected} "
                 "which had been read: the topic was made anew or has lost records; drop the collection and build it "
                 "again"

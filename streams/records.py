@@ -231,7 +231,7 @@ class _Decoder:
         self._add_columns(columns, rows)
 
     def _add_vectors(self, matrix: npt.NDArray[np.float32], rows: list[int], *, raw: bool) -> None:
-        for place, why in vector_faults(matrix, self.spec.metric, raw=raw).items():
+        for place, why in vector_faults(matrix, self.spec.metric, raw=raw, largest=self.spec.largest).items():
             self.refuse(rows[place], why)
         self.matrices.append(matrix)
         self.matrix_rows += rows

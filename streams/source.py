@@ -19,7 +19,9 @@ from streamz.sources import Source
 
 from headrace.gpu.errors import CollectionNotFound, HeadraceError
 from headrace.streams.batches import RawBatch
+from headrace.streams.link import Away
 from headrace.streams.reader import Reader, ReaderSettings
+from headrace.streams.topic_identity import Seen
 from headrace.streams.topic_watch import TopicWatch
 from headrace.streams.watermark import OffsetTracker
 
@@ -69,6 +71,11 @@ class from_kafka_log(Source):  # type: ignore[misc]
     settings : ReaderSettings, optional
     alarm : callable, optional
         Called on the event loop with a sentence when offsets were lost, or the topic is not what it was.
+    topic_id : str
+        Kafka's id of the topic that is to be read; "" if that is not known.
+    found : callable, optional
+        Called on the event loop with the topic (`Seen`) when its id is another than that. The offsets of two topics do
+        not compare: whoever keeps what has been read must begin anew, with another source.
     refuse : async callable, optional
         Called with a batch of one record and a reason when the graph fails on it again and again for no foreseen
         reason.
@@ -90,6 +97,8 @@ class from_kafka_log(Source):  # type: ignore[misc]
         partitions: int | None = None,
         settings: ReaderSettings | None = None,
         alarm: Callable[[str], None] | None = None,
+        topic_id: str = "",
+        found: Callable[[Seen], None] | None = None,
         refuse: Callable[[RawBatch, str], Awaitable[None]] | None = None,
         retry_delay: float = 0.05,
         retry_delay_max: float = 1.0,
@@ -104,6 +113,7 @@ class from_kafka_log(Source):  # type: ignore[misc]
         self._tasks: set[asyncio.Task[None]] = set()
         self._event_loop = asyncio.get_running_loop()
         loop, call_alarm = self._event_loop, alarm or log.error
+        watched = partitions is not None
         self.reader = Reader(
             bootstrap,
             topic,
@@ -111,6 +121,7 @@ class from_kafka_log(Source):  # type: ignore[misc]
             hand_over=lambda batch: _on_loop(loop, self._begin, batch),
             alarm=lambda text: _on_loop(loop, call_alarm, text),
             settings=settings,
+            fell_short=self._fell_short if watched else None,
         )
         self._watch: TopicWatch | None = None
         if partitions is not None:
@@ -119,9 +130,20 @@ class from_kafka_log(Source):  # type: ignore[misc]
                 topic,
                 partitions,
                 alarm=lambda text: _on_loop(loop, call_alarm, text),
-                made_anew=self.reader.begin_again,
+                found=lambda seen: None if found is None else _on_loop(loop, found, seen),
+                topic_id=topic_id,
+                link=self.reader.link,
                 settings=settings.kafka if settings else None,
             )
+
+    def expect(self, topic_id: str) -> None:
+        """The topic is to be the one with this id."""
+        if self._watch is not None:
+            self._watch.topic_id = topic_id
+
+    def _fell_short(self, sentence: str) -> None:
+        assert self._watch is not None
+        self._watch.fell_short(sentence)
 
     def start(self) -> None:
         if self.stopped:
@@ -159,6 +181,11 @@ class from_kafka_log(Source):  # type: ignore[misc]
         """Records known to be in Kafka and not yet applied everywhere."""
         ends = self.reader.ends()
         return sum(max(0, ends.get(tp, offset) - offset) for tp, offset in self.stable.items())
+
+    @property
+    def away(self) -> Away | None:
+        """The outage of Kafka's brokers that the reader or the watch has met; None while they answer."""
+        return self.reader.link.away
 
     def _begin(self, batch: RawBatch) -> None:
         if self.stopped:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from headrace.gpu.errors import ConfigError, TopicError
-from headrace.streams.clients import COMMON_SETTINGS, KafkaLog, no_broker, retriable
+from headrace.streams.clients import COMMON_SETTINGS, KafkaLog, is_embedded, no_broker, retriable
 
-__all__ = ["Offsets", "topic_partitions"]
+__all__ = ["Offsets", "id_of", "topic_partitions"]
+
+log = logging.getLogger("headrace.streams")
 
 _PAUSE = 0.02
 """Seconds between two attempts while no broker answers."""
+
+_NO_ID = "A" * 22
+"""A UUID of zeros, as Kafka writes them."""
 
 _UNKNOWN = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 
@@ -41,6 +47,27 @@ def topic_partitions(
     if create:
         settings = {**(settings or {}), "allow.auto.create.topics": "true"}
     return _count(_admin(bootstrap, settings), bootstrap, topic, deadline, create)
+
+
+def id_of(admin: AdminClient, topic: str, cluster_id: str | None, deadline: float) -> str:
+    """Kafka's own id of a topic that is there: another one has another, though its name be the same.
+
+    "" where there is none: brokers before Kafka 2.8, and the embedded one, which cannot even be asked.
+
+    Raises
+    ------
+    KafkaException
+        No answer within `deadline` seconds, or an error.
+    """
+    if is_embedded(cluster_id):
+        return ""
+    try:
+        asked = admin.describe_topics(TopicCollection([topic]), request_timeout=deadline)
+        described = asked[topic].result(2 * deadline)
+    except TimeoutError as failure:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from failure
+    found = str(described.topic_id)
+    return "" if found == _NO_ID else found
 
 
 class Offsets:
@@ -88,6 +115,15 @@ class Offsets:
     def earliest(self, deadline: float = 5.0) -> dict[int, int]:
         """Topic partition to its start: the lowest offset that is still kept."""
         return self._ask(OffsetSpec.earliest(), deadline)  # type: ignore[no-untyped-call]
+
+    def topic_id(self, deadline: float = 5.0) -> str:
+        """Kafka's id of the topic; "" where there is none, or it cannot be had now."""
+        try:
+            cluster = self._admin.list_topics(self._topic, timeout=deadline).cluster_id
+            return id_of(self._admin, self._topic, cluster, deadline)
+        except KafkaException as failure:
+            log.info("topic %s: its id was not told: %s", self._topic, failure.args[0].str())
+            return ""
 
     def _ask(self, which: OffsetSpec, deadline: float) -> dict[int, int]:
         until = time.monotonic() + deadline

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from headrace.streams.attributes import short
 
-__all__ = ["length_fault", "list_fault", "vector_faults"]
+__all__ = ["kind_fault", "length_fault", "list_fault", "vector_faults"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -17,8 +17,12 @@ Floats = npt.NDArray[np.float32]
 # and it includes NaN, infinity, zero, and almost every vector whose bytes are in the wrong order.
 _LEAST, _MOST = 1e-30, 1e30
 
+_NO_NUMBERS = {
+    "b": "True or False", "c": "complex numbers", "m": "durations", "M": "dates", "S": "bytes", "U": "texts",
+}  # fmt: skip
 
-def vector_faults(vectors: Floats, metric: str, *, raw: bool = False) -> dict[int, str]:
+
+def vector_faults(vectors: Floats, metric: str, *, raw: bool = False, largest: float = float("inf")) -> dict[int, str]:
     """Row and reason of each vector that cannot be used.
 
     Parameters
@@ -27,6 +31,8 @@ def vector_faults(vectors: Floats, metric: str, *, raw: bool = False) -> dict[in
     metric : {"cosine", "ip", "l2"}
     raw : bool
         The numbers were read from bytes, so they may be big-endian ones.
+    largest : float
+        No number may be larger; not looked at for cosine, where vectors are divided by their lengths.
     """
     with np.errstate(all="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors)
@@ -35,7 +41,37 @@ def vector_faults(vectors: Floats, metric: str, *, raw: bool = False) -> dict[in
         for row in np.flatnonzero(doubtful).tolist():
             if why := _fault(vectors[row], float(squares[row]), metric, raw):
                 faults[row] = why
+        if metric != "cosine" and np.isfinite(largest):
+            for row in np.flatnonzero(np.abs(vectors).max(axis=1, initial=0) > largest).tolist():
+                worst = float(np.abs(vectors[row]).max())
+                faults.setdefault(
+                    row, f"the vector has the number {worst:g}, too large for float16: make the collection with float32"
+                )
     return faults
+
+
+def kind_fault(given: Any, array: npt.NDArray[Any] | None = None) -> str:
+    """What is in the place of numbers in a vector, or several, that a program hands in; empty if nothing is.
+
+    NumPy would make numbers of these without a word; in a record they are refused, too (`list_fault`).
+
+    Parameters
+    ----------
+    given : array_like
+    array : array, optional
+        What `numpy.asarray` makes of it, where that is known.
+    """
+    if isinstance(given, list | tuple):
+        types = set(map(type, given))
+        if types <= {int, float}:
+            return ""
+        if {bool, np.bool_} & types:
+            return _NO_NUMBERS["b"]
+    array = np.asarray(given) if array is None else array
+    if array.dtype.kind == "O":
+        kinds = {np.asarray(element).dtype.kind for element in array.flat}
+        return next((_NO_NUMBERS[kind] for kind in sorted(kinds) if kind in _NO_NUMBERS), "")
+    return _NO_NUMBERS.get(array.dtype.kind, "")
 
 
 def length_fault(found: int, dim: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.gpu import filtered
 from headrace.gpu.errors import BackendError
 from headrace.gpu.host import exact, storage
 from headrace.gpu.host.storage import faiss
@@ -44,21 +45,19 @@ class Index:
         The vectors, in memory that belongs to `hnsw`.
     """
 
-    __slots__ = ("_unfiltered", "hnsw", "metric", "rows")
+    __slots__ = ("_parameters", "hnsw", "metric", "rows")
 
     def __init__(self, hnsw: Any) -> None:
         self.hnsw = hnsw
         self.metric = "l2" if hnsw.metric_type == faiss.METRIC_L2 else "ip"
         self.rows = storage.array(hnsw.storage)
-        self._unfiltered: dict[int, Any] = {}
+        self._parameters: dict[int, Any] = {}
 
-    def parameters(self, steps: int, allowed: _Bools | None) -> Any:
-        """FAISS's parameters of a search that keeps `steps` candidates; those without a filter are made once."""
-        if allowed is not None:
-            return storage.parameters(faiss.SearchParametersHNSW, allowed, efSearch=steps)
-        known = self._unfiltered.get(steps)
+    def parameters(self, steps: int) -> Any:
+        """FAISS's parameters of a search that keeps `steps` candidates, made once."""
+        known = self._parameters.get(steps)
         if known is None:
-            known = self._unfiltered[steps] = faiss.SearchParametersHNSW(efSearch=steps)
+            known = self._parameters[steps] = faiss.SearchParametersHNSW(efSearch=steps)
         return known
 
 
@@ -86,11 +85,9 @@ def build(vectors: _Kept, metric: str, params: BuildParams, *, threads: int = 1)
 def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, effort: int) -> tuple[_Floats, _Ints]:
     """The `k` best allowed rows, approximately; `effort` is HNSW's efSearch, for up to 10 rows without a filter.
 
-    HNSW walks over rows that are not allowed as over the others and stops after efSearch steps, so with a share f of
-    allowed rows it sees f * efSearch of them: at f = 0.05 and efSearch 64 recall falls to 0.8, at 0.01 most queries get
-    fewer than `k` rows. Therefore efSearch grows with 1/f (and with `k`), and where walking that far costs more than
-    scoring every allowed row, these are scored. The same is done for single queries that still come back short (rows
-    out of reach of the walk).
+    With a filter the walk is for the nearest rows of all, as `headrace.gpu.filtered` says. With a share f of allowed
+    rows these lie f times as dense, so efSearch grows with 1/f (and with `k`); where walking that far costs more than
+    scoring every allowed row, these are scored.
 
     Measured with 20 K rows of 384 numbers at efSearch 16: growing with 1/f the recall, 0.99 without a filter, falls to
     0.94 at f = 0.1; with f to the power of -1.25 to 0.98. One by one, scoring 2,000 allowed rows takes a third of the
@@ -107,11 +104,30 @@ def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, ef
     visit = _VISIT if len(queries) <= exact.FEW_QUERIES else _VISIT_IN_BATCH
     if count <= visit * steps or len(queries) == 0 or k == 0:
         return exact.search(index.rows, allowed, queries, k, index.metric)
-    scores, rows = storage.search(index.hnsw, queries, k, index.parameters(steps, allowed))
+    if allowed is not None:
+        return _among(index, allowed, count, queries, k, steps, count / (2 * visit * steps))
+    scores, rows = storage.search(index.hnsw, queries, k, index.parameters(steps))
     if rows[:, -1].min() < 0:
         short = np.flatnonzero(rows[:, min(k, count) - 1] < 0)
-        scores[short], rows[short] = exact.search(index.rows, allowed, queries[short], k, index.metric)
+        scores[short], rows[short] = exact.search(index.rows, None, queries[short], k, index.metric)
     return scores, rows
+
+
+def _among(
+    index: Index, allowed: _Bools, count: int, queries: _Floats, k: int, steps: int, most: float
+) -> tuple[_Floats, _Ints]:
+    """The `k` best of the allowed rows, `count` of them; queries walk at most `most` times as far as `steps`."""
+    width = max(k, filtered.depth(k, count, len(index.rows)))
+
+    def walk(some: _Floats, factor: int) -> tuple[_Floats, _Ints]:
+        deep = min(factor * width, len(index.rows))
+        scores, rows = storage.search(index.hnsw, some, deep, index.parameters(max(factor * steps, deep)))
+        return filtered.keep(np, scores, rows, allowed, k, index.metric)
+
+    def score(some: _Floats) -> tuple[_Floats, _Ints]:
+        return exact.search(index.rows, allowed, some, k, index.metric)
+
+    return filtered.search(np, queries, walk, score, min(k, count), most)
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.gpu import archive
+from headrace.gpu import archive, filtered, ranking
 from headrace.gpu.host import exact, storage
 from headrace.gpu.host.storage import faiss
 from headrace.gpu.index_spec import BuildParams
@@ -49,7 +49,7 @@ class Index:
     Parameters
     ----------
     owner : faiss.IndexRefine or the index of `storage.keep`
-        The latter for few rows: there are no codes, they are all scored.
+        The latter for few rows, and where numbers are too large for FAISS: there are no codes, all are scored.
 
     Attributes
     ----------
@@ -84,15 +84,20 @@ class Index:
 def build(vectors: _Kept, metric: str, params: BuildParams, *, threads: int = 1) -> Index:
     """Train lists and codes on a sample and fill them; the same vectors give the same index.
 
+    FAISS ends the process where a squared distance is infinite, so where one could be there are no lists.
+
     Raises
     ------
     BackendError
         There are no vectors, or a number is too large for float16.
     """
     kept = storage.stored(vectors, params.dtype)
+    far = params.lists > 0 and not ranking.squares(np, kept)
+    if far:
+        log.warning("%d vectors hold numbers too large to be put into lists: all of them are scored", len(kept))
     with storage.openmp(threads):
         refine = storage.keep(kept, metric)
-        if params.lists == 0:
+        if params.lists == 0 or far:
             return Index(refine)
         codes = _codes(kept, storage.faiss_metric(metric), params)
     owner = faiss.IndexRefine(codes, refine)
@@ -125,10 +130,10 @@ def _codes(vectors: _Kept, metric: int, params: BuildParams) -> Any:
 def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, effort: int) -> tuple[_Floats, _Ints]:
     """The `k` best allowed rows, approximately; `effort` is the lists to probe, for up to 10 rows without a filter.
 
-    With a share f of allowed rows the `k` best of them lie as far apart as the k / f best of all, so more lists are
-    probed; never so few that they hold fewer than `refine` * `k` allowed rows. Where scanning the codes in so many
-    lists costs more than scoring every allowed row, these are scored. The same is done for single queries that come
-    back short.
+    With a filter the search is for the nearest rows of all, as `headrace.gpu.filtered` says. With a share f of allowed
+    rows the `k` best of them lie as far apart as the k / f best of all, so more lists are probed; never so few that
+    they hold fewer than `refine` * `k` allowed rows. Where scanning the codes in so many lists costs more than scoring
+    every allowed row, these are scored. The same is done for single queries that come back short.
 
     Measured with 20 K rows of 384 numbers in 282 lists, 8 probed: at f = 0.1 recall, 0.98 without a filter, falls to
     0.90 with 1/f as many lists and to 0.98 with f to the power of -1.5; `k` = 100 does the same.
@@ -144,15 +149,42 @@ def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, ef
     probes = math.ceil(max(effort * reach**_SPREAD, index.refine * k * lists / count))
     if probes >= lists or count <= _START + index.scan * probes * total / lists:
         return exact.search(index.rows, allowed, queries, k, index.metric)
-    params = faiss.IndexRefineSearchParameters(
-        k_factor=max(index.refine, _MIN_CANDIDATES / k),
-        base_index_params=storage.parameters(faiss.SearchParametersIVF, allowed, nprobe=probes),
-    )
-    scores, rows = storage.search(index.owner, queries, k, params)
+    if allowed is not None:
+        return _among(index, allowed, count, queries, k, probes)
+    scores, rows = _near(index, queries, k, probes, index.refine)
     if rows[:, -1].min() < 0:
         short = np.flatnonzero(rows[:, min(k, count) - 1] < 0)
-        scores[short], rows[short] = exact.search(index.rows, allowed, queries[short], k, index.metric)
+        scores[short], rows[short] = exact.search(index.rows, None, queries[short], k, index.metric)
     return scores, rows
+
+
+def _among(index: Index, allowed: _Bools, count: int, queries: _Floats, k: int, probes: int) -> tuple[_Floats, _Ints]:
+    """The `k` best of the allowed rows, `count` of them; first `probes` lists are looked through."""
+    total, lists = len(index.rows), index.codes.nlist
+    width = max(k, filtered.depth(k, count, total))
+    # As many allowed rows among the candidates as there are candidates without a filter.
+    refine = index.refine * k * total / (count * width)
+
+    def walk(some: _Floats, factor: int) -> tuple[_Floats, _Ints]:
+        deep = min(factor * width, total)
+        near = _near(index, some, deep, math.ceil(probes * factor**_SPREAD), max(refine, 1.0))
+        return filtered.keep(np, *near, allowed, k, index.metric)
+
+    def score(some: _Floats) -> tuple[_Floats, _Ints]:
+        return exact.search(index.rows, allowed, some, k, index.metric)
+
+    # More than all lists cannot be probed, and scoring must cost twice what scanning does.
+    scanned = index.scan * probes * total / lists
+    most = min(lists / probes, (count / 2 - _START) / scanned) ** (1 / _SPREAD) if count > 2 * _START else 1.0
+    return filtered.search(np, queries, walk, score, min(k, count), most)
+
+
+def _near(index: Index, queries: _Floats, k: int, probes: int, refine: float) -> tuple[_Floats, _Ints]:
+    """The `k` nearest rows in `probes` lists, `refine` times as many candidates scored."""
+    params = faiss.IndexRefineSearchParameters(
+        k_factor=max(refine, _MIN_CANDIDATES / k), base_index_params=faiss.SearchParametersIVF(nprobe=probes)
+    )
+    return storage.search(index.owner, queries, k, params)
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import faiss as typed_faiss
 import numpy as np
 import numpy.typing as npt
 
+from headrace.gpu import ending
 from headrace.gpu.errors import BackendError
 
 __all__ = [
@@ -42,7 +43,7 @@ _Bools = npt.NDArray[np.bool_]
 _MAGIC = b"HRINDEX1"
 _TRAILER = struct.Struct("<8s8sQI")
 _CHUNK = 1 << 20
-_PIECE = 1 << 16
+_PIECE = 1 << 12
 
 
 def faiss_metric(metric: str) -> int:
@@ -69,10 +70,12 @@ def stored(vectors: _Kept, dtype: str) -> _Kept:
 
 
 def pieces(vectors: _Kept) -> Iterator[_Floats]:
-    """The vectors as float32, what must be converted a piece at a time: a whole copy may not fit into memory."""
-    step = len(vectors) if vectors.dtype == np.float32 else _PIECE
-    for start in range(0, len(vectors), step):
-        yield vectors[start : start + step].astype(np.float32, copy=False)
+    """The vectors as float32, a piece at a time: what must be converted may not fit into memory as a whole, and between
+    two pieces a build can be given up (`headrace.gpu.ending`).
+    """
+    for start in range(0, len(vectors), _PIECE):
+        ending.check()
+        yield vectors[start : start + _PIECE].astype(np.float32, copy=False)
 
 
 def keep(vectors: _Kept, metric: str) -> Any:

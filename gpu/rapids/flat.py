@@ -26,13 +26,13 @@ class Index:
     ----------
     metric : one of `headrace.gpu.backend.METRICS`
     rows : float32 or float16, (n, dim)
-    prepared : cuvs.neighbors.brute_force.Index or None
+    prepared : headrace.gpu.rapids.scan.Prepared or None
         By `scan.prepare`, where the rows are float32.
     """
 
     metric: str
     rows: Array
-    prepared: Any
+    prepared: scan.Prepared | None
 
 
 def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1) -> Index:

@@ -7,15 +7,16 @@ in less time than a walk takes to start.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cupy as cp
 import numpy as np
-from cuvs.neighbors import cagra, filters
+from cuvs.neighbors import cagra
 
-from headrace.gpu import archive, ranking
+from headrace.gpu import archive, filtered, ranking
 from headrace.gpu.host import graph as host
 from headrace.gpu.index_spec import BuildParams
 from headrace.gpu.rapids import kept, scan
@@ -80,7 +81,8 @@ def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1)
 def search(index: Index, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
     """The `k` best allowed rows, approximately; `effort` is CAGRA's itopk_size.
 
-    The list of candidates grows as allowed rows become rare among those that the search walks over; where it would not
+    With a filter the walk is for the nearest rows of all, as `headrace.gpu.filtered` says: CAGRA's own filter only
+    drops rows that it has walked over. The list of candidates grows as allowed rows become rare; where it would not
     fit into what a block of threads can hold, all allowed rows are scored. The same is done for single queries that
     come back with fewer rows than there are.
     """
@@ -90,29 +92,39 @@ def search(index: Index, allowed: Array | None, queries: Array, k: int, *, effor
     if found == 0 or len(queries) == 0:
         return ranking.nothing_found(cp, len(queries), k, index.metric)
     queries = _widened(queries, index.rows.shape[1])
-    candidates = -(-max(effort, k) * n // (32 * count)) * 32
+    width = min(n, max(k, filtered.depth(k, count, n)))
+    candidates = _in_lines(max(effort, k) * n / count, width)
     if index.cagra is None or candidates > _LADDER[-1]:
         return scan.search(index.rows, None, allowed, queries, k, index.metric)
-    near = _near(index, allowed if count < n else None, queries, found, candidates)
-    scores, rows = ranking.rank(cp, index.rows, allowed, queries, near, k, index.metric)
-    short = cp.flatnonzero(rows[:, found - 1] < 0)
-    if len(short):
-        scores[short], rows[short] = scan.search(index.rows, None, allowed, queries[short], k, index.metric)
-    return scores, rows
+
+    def walk(some: Array, factor: int) -> tuple[Array, Array]:
+        deep = min(n, factor * width)
+        near = _near(index, some, deep, _in_lines(factor * candidates, deep))
+        scores, rows = ranking.rank(cp, index.rows, None, some, near, deep, index.metric)
+        return (scores, rows) if count == n else filtered.keep(cp, scores, rows, allowed, k, index.metric)
+
+    def score(some: Array) -> tuple[Array, Array]:
+        return scan.search(index.rows, None, allowed, some, k, index.metric)
+
+    # A list of one place more than the longest would not fit.
+    return filtered.search(cp, queries, walk, score, found, 1 if count == n else (_LADDER[-1] + 1) / candidates)
 
 
-def _near(index: Index, allowed: Array | None, queries: Array, found: int, candidates: int) -> Array:
+def _in_lines(candidates: float, width: int) -> int:
+    """The length of a list of candidates: whole lines of 32, and not fewer than are wanted."""
+    return -(-max(math.ceil(candidates), width) // 32) * 32
+
+
+def _near(index: Index, queries: Array, found: int, candidates: int) -> Array:
     # cuVS takes queries in the rows' dtype only. Rounded ones may change the order at the end of the list, so more
-    # rows are asked for than are wanted (there are: a list that is short enough leaves four times as many allowed); the
-    # scores are taken from the queries as they came.
+    # rows are asked for than are wanted; the scores are taken from the queries as they came.
     if index.rows.dtype != cp.float32:
         queries = queries.astype(index.rows.dtype)
-        found = min(2 * found, candidates)
+        found = min(2 * found, candidates, len(index.rows))
     # With a single random sampling CAGRA loses recall beyond 100 K rows.
     params = cagra.SearchParams(itopk_size=candidates, num_random_samplings=_SAMPLINGS)
-    bits = None if allowed is None else filters.from_bitset(ranking.bitset(cp, allowed))
     with handle() as resources:
-        _, near = cagra.search(params, index.cagra, queries, found, filter=bits, resources=resources)
+        _, near = cagra.search(params, index.cagra, queries, found, resources=resources)
     return cp.asarray(near)
 
 

@@ -1,13 +1,14 @@
 """The compressed index kind: cuVS IVF-PQ, re-ranked from the kept vectors. See `headrace.gpu.backend.IndexKind`.
 
 cuVS 26.10 takes no filter in an IVF-PQ search. So more candidates are taken from more lists as allowed rows become
-rare, the others are dropped when the candidates are scored, and a query that comes back short is scored exactly.
+rare, and the others are dropped when the candidates are scored, as `headrace.gpu.filtered` says.
 `cuvs.neighbors.refine` is not used for that scoring: it reads rows that were not found as if they had been, takes
 queries in the rows' dtype only, and no more than 256 rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import cuvs
 import numpy as np
 from cuvs.neighbors import ivf_pq
 
-from headrace.gpu import archive, ranking
+from headrace.gpu import archive, filtered, ranking
 from headrace.gpu.host import ivf_pq as host
 from headrace.gpu.index_spec import BuildParams
 from headrace.gpu.rapids import kept, scan
@@ -66,6 +67,9 @@ def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1)
     rows = kept.stored(vectors, params.dtype)
     if params.lists == 0:
         return Index(metric, rows, params, None)
+    if not ranking.squares(cp, rows):  # cuVS would train on distances that are infinite
+        kept.log.warning("%d vectors hold numbers too large to be put into lists: all of them are scored", len(rows))
+        return Index(metric, rows, dataclasses.replace(params, lists=0), None)
     asked = ivf_pq.IndexParams(
         n_lists=params.lists,
         metric=scan.metric_name(metric),
@@ -80,27 +84,36 @@ def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1)
 
 
 def search(index: Index, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
-    """The `k` best allowed rows, approximately; `effort` is how many lists are looked through."""
-    n = len(index.rows)
+    """The `k` best allowed rows, approximately; `effort` is how many lists are looked through.
+
+    With a filter the search is for the nearest rows of all, as `headrace.gpu.filtered` says.
+    """
+    n, lists = len(index.rows), max(1, index.params.lists)
     count = n if allowed is None else int(cp.count_nonzero(allowed))
     found = min(k, count)
     if found == 0 or len(queries) == 0:
         return ranking.nothing_found(cp, len(queries), k, index.metric)
     queries = cp.ascontiguousarray(queries, dtype=cp.float32)
-    effort = min(max(1, effort), max(1, index.params.lists))
+    exact = effort >= n
+    effort = min(max(1, effort), lists)
     candidates = math.ceil((_refine(index) * k + _CANDIDATES_PER_LIST * effort) * n / count)
     # Reading one row in sixteen is cheaper than looking through sixteen times the lists.
-    if index.codes is None or candidates > min(count, _MOST_CANDIDATES) or count * _RARE < n:
+    if exact or index.codes is None or candidates > min(count, _MOST_CANDIDATES) or count * _RARE < n:
         return scan.search(index.rows, None, allowed, queries, k, index.metric)
-    params = ivf_pq.SearchParams(n_probes=min(index.params.lists, math.ceil(effort * n / count)))
-    with handle() as resources:
-        _, near = ivf_pq.search(params, index.codes, queries, candidates, resources=resources)
-    among = allowed if count < n else None
-    scores, rows = ranking.rank(cp, index.rows, among, queries, cp.asarray(near), k, index.metric)
-    short = cp.flatnonzero(rows[:, found - 1] < 0)
-    if len(short):
-        scores[short], rows[short] = scan.search(index.rows, None, allowed, queries[short], k, index.metric)
-    return scores, rows
+    width = min(candidates, max(k, filtered.depth(k, count, n)))
+
+    def walk(some: Array, factor: int) -> tuple[Array, Array]:
+        params = ivf_pq.SearchParams(n_probes=min(lists, math.ceil(factor * effort * n / count)))
+        with handle() as resources:
+            _, near = ivf_pq.search(params, index.codes, some, factor * candidates, resources=resources)
+        scores, rows = ranking.rank(cp, index.rows, None, some, cp.asarray(near), factor * width, index.metric)
+        return (scores, rows) if count == n else filtered.keep(cp, scores, rows, allowed, k, index.metric)
+
+    def score(some: Array) -> tuple[Array, Array]:
+        return scan.search(index.rows, None, allowed, some, k, index.metric)
+
+    most = 1 if count == n else min(n, _MOST_CANDIDATES + 1) / candidates
+    return filtered.search(cp, queries, walk, score, found, most)
 
 
 def _refine(index: Index) -> int:

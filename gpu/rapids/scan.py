@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cupy as cp
@@ -10,12 +11,15 @@ from cuvs.neighbors import brute_force, filters
 from headrace.gpu import ranking
 from headrace.gpu.rapids.handles import handle
 
-__all__ = ["metric_name", "prepare", "search"]
+__all__ = ["Prepared", "metric_name", "prepare", "search"]
 
 Array = Any
 
 _GATHER = 8
 _BLOCK_BYTES = 1 << 28
+# A device may make a product of float32 from three of shorter numbers, and loses three bits.
+_DEVICE = 8
+_MORE, _AT_LEAST = 2, 16
 
 
 def metric_name(metric: str) -> str:
@@ -23,19 +27,41 @@ def metric_name(metric: str) -> str:
     return "sqeuclidean" if metric == "l2" else "inner_product"
 
 
-def prepare(rows: Array, metric: str) -> Any:
-    """What can be known of float32 rows before a query comes: for l2 their lengths.
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """What can be known of float32 rows before a query comes.
+
+    Attributes
+    ----------
+    index : cuvs.neighbors.brute_force.Index
+        For l2 it holds the rows' lengths.
+    longest : float
+        For l2 the largest squared length, else 0.
+    """
+
+    index: Any
+    longest: float
+
+
+def prepare(rows: Array, metric: str) -> Prepared:
+    """Prepare a search over float32 rows.
 
     It keeps a view of `rows`, not the array: hold that as long as this.
     """
     with handle() as resources:
-        return brute_force.build(rows, metric=metric_name(metric), resources=resources)
+        index = brute_force.build(rows, metric=metric_name(metric), resources=resources)
+    return Prepared(index, ranking.longest(cp, rows) if metric == "l2" else 0.0)
 
 
 def search(
-    rows: Array, prepared: Any, allowed: Array | None, queries: Array, k: int, metric: str
+    rows: Array, prepared: Prepared | None, allowed: Array | None, queries: Array, k: int, metric: str
 ) -> tuple[Array, Array]:
-    """As `headrace.gpu.backend.Exact.search`, with `prepared` from `prepare` of the same rows, or None."""
+    """As `headrace.gpu.backend.Exact.search`, with `prepared` from `prepare` of the same rows, or None.
+
+    cuVS finds the smallest squared distances as |q|^2 + |x|^2 - 2 q x, which far from the origin is rounded by more
+    than distances differ. So more rows than are wanted are taken from it and measured. Where even twice what rounding
+    takes cannot bring a row that was not taken among the best, these are the best; else every row is measured.
+    """
     count = len(rows) if allowed is None else int(cp.count_nonzero(allowed))
     # What cuVS returns where fewer rows are allowed than asked for is not written down, so it is never asked for more.
     found = min(k, count)
@@ -51,11 +77,22 @@ def search(
     if rows.dtype != cp.float32 and len(rows) > block:
         return _in_blocks(rows, block, allowed, queries, k, metric)
     rows = cp.ascontiguousarray(rows, dtype=cp.float32)
-    index = prepare(rows, metric) if prepared is None else prepared
+    if prepared is None:
+        prepared = prepare(rows, metric)
+    taken = min(count, max(_MORE * found, found + _AT_LEAST)) if metric == "l2" else found
     bits = filters.from_bitset(ranking.bitset(cp, allowed)) if count < len(rows) else None
     with handle() as resources:
-        _, near = brute_force.search(index, queries, found, prefilter=bits, resources=resources)
-    return ranking.rank(cp, rows, allowed, queries, cp.asarray(near), k, metric)
+        _, near = brute_force.search(prepared.index, queries, taken, prefilter=bits, resources=resources)
+    scores, best = ranking.rank(cp, rows, allowed, queries, cp.asarray(near), max(taken, k), metric)
+    if taken < count and metric == "l2":
+        slack = _DEVICE * ranking.rounding(rows.shape[1])
+        lost = 2 * slack * (cp.einsum("qd,qd->q", queries, queries) + prepared.longest)
+        reach = scores[:, found - 1] * (1 + slack) + 2 * lost
+        unsure = cp.flatnonzero(~(cp.isfinite(reach) & (scores[:, taken - 1] >= reach)))
+        if len(unsure):
+            width = scores.shape[1]
+            scores[unsure], best[unsure] = ranking.measure(cp, rows, allowed, queries[unsure], width)
+    return scores[:, :k], best[:, :k]
 
 
 def _in_blocks(

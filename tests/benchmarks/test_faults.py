@@ -7,11 +7,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
-from benchmarks import soak
 from benchmarks.fault_reads import One, Reads, vector
 from benchmarks.fault_scenes import STEADY_MS, Scene
 from benchmarks.fault_stage import Stage
+from benchmarks.soak_faults import FAULTS, LEFT_ALONE, Breaker
+from tests.history.events import FaultMark
+from tests.history.recorder import Recorder
 
 
 def reads(*ms: float, recall: float = 1.0, error: str = "") -> list[One]:
@@ -54,12 +57,34 @@ def test_rows_that_stay_lie_apart_from_those_that_are_written() -> None:
     assert (still @ moving.T < (still @ still.T).min()).all()
 
 
+def test_where_the_index_is_exact_no_answer_may_lack_a_row() -> None:
+    exact, graph = Scene("a"), Scene("b")
+    exact.reads(reads(1.0), [*reads(*[1.0] * 99), *reads(1.0, recall=0.9)], exact=True)
+    graph.reads(reads(1.0), [*reads(*[1.0] * 99), *reads(1.0, recall=0.9)])
+    assert exact.broken == ["a: answers that lacked a row is 1.0 , not == 0"]
+    assert graph.broken == []
+
+
 def test_the_soak_breaks_nobody_while_a_copy_is_missing() -> None:
     """Nor does what it spares change what it does afterwards: the seed repeats a run."""
     stage = cast(Any, SimpleNamespace(whole=lambda workers: False))
     one, other = random.Random(3), random.Random(3)
-    assert soak._break(cast(Stage, stage), one, 3) == "left alone"
-    for _ in range(2):
+    breaker = Breaker(cast(Stage, stage), cast(Any, None), 3, one)
+    assert breaker.play() == LEFT_ALONE
+    assert breaker.play("broker down") == LEFT_ALONE
+    for _ in range(3):
         other.random()
-    other.uniform(0, 1)
     assert one.random() == other.random()
+
+
+def test_the_soak_plays_the_fault_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = cast(Any, SimpleNamespace(whole=lambda workers: True, name="docs", recorder=Recorder()))
+    played: list[str] = []
+    for name, (weight, _) in FAULTS.items():
+        monkeypatch.setitem(cast(Any, FAULTS), name, (weight, lambda breaker, which, name=name: played.append(name)))
+    breaker = Breaker(stage, cast(Any, None), 3, random.Random(3))
+    assert [breaker.play(name) for name in FAULTS] == list(FAULTS) == played
+    drawn = {breaker.play() for _ in range(100)}
+    assert drawn == set(FAULTS)
+    marks = [event for event in stage.recorder.history().events if isinstance(event, FaultMark)]
+    assert len(marks) == 2 * len(played)

@@ -60,11 +60,15 @@ def test_queries_are_due_at_random_but_at_the_rate(rate: float, seed: int) -> No
 
 
 class _Jobs:
-    """A store that wants maintenance so many times."""
+    """A store that wants maintenance so many times; the last job takes a moment."""
 
     def __init__(self, jobs: int, error: Exception | None = None) -> None:
         self.jobs, self.error = jobs, error
         self.threads: set[int] = set()
+        self._lock, self._rewriting, self.done = threading.Lock(), 0, 0
+
+    def statistics(self) -> dict[str, int]:
+        return {"rewriting": self._rewriting}
 
     def wants_maintenance(self) -> bool:
         return self.jobs > 0
@@ -72,8 +76,16 @@ class _Jobs:
     def maintain(self) -> bool:
         if self.error is not None:
             raise self.error
+        with self._lock:
+            if not self.jobs:
+                return False
+            self.jobs -= 1
+            self._rewriting += 1
         self.threads.add(threading.get_ident())
-        self.jobs -= 1
+        time.sleep(0.02)
+        with self._lock:
+            self._rewriting -= 1
+            self.done += 1
         return True
 
 
@@ -81,7 +93,7 @@ def test_the_maintainer_does_what_is_wanted_in_a_thread_of_its_own() -> None:
     jobs: Any = _Jobs(5)
     with Maintainer(jobs) as maintainer:
         maintainer.wait()
-    assert jobs.jobs == 0
+        assert jobs.done == 5, "it waits for what is under way, too"
     assert jobs.threads.isdisjoint({threading.get_ident()})
 
 

@@ -387,6 +387,32 @@ class TestWhatIsKept:
                 await coordinator.attach(source)
             assert coordinator.state.source == SOURCE
 
+    async def test_a_topic_made_anew_begins_everything_again_once(self) -> None:
+        one, two = (replace(SOURCE, topic_id=name) for name in ("one", "two"))
+        played = Played()
+        async with running(played, A, B) as coordinator:
+            await coordinator.topic_found("", one)
+            assert (coordinator.state.incarnation, coordinator.state.source) == (0, one)
+            assert coordinator.state.alarms == ()
+            await asyncio.gather(*(coordinator.topic_found("one", two) for _ in (A, B)))
+            state = coordinator.state
+            assert (state.incarnation, state.source) == (1, two)
+            assert len(state.alarms) == 1
+            assert played.states(A)[-1].incarnation == played.states(B)[-1].incarnation == 1
+            await coordinator.topic_found("one", replace(SOURCE, topic_id="three"))  # of a worker that is behind
+            await coordinator.topic_found("two", two)
+            assert coordinator.state.source == two
+
+    async def test_asking_for_ingest_again_finds_a_topic_that_was_made_anew(self) -> None:
+        async with running(Played(), A, B) as coordinator:
+            await coordinator.topic_found("", replace(SOURCE, topic_id="one"))
+            wider = replace(SOURCE, topic_id="two", partitions=5, origins=dict.fromkeys(range(5), 0))
+            await coordinator.attach(wider)
+            assert (coordinator.state.incarnation, coordinator.state.source) == (1, wider)
+            await coordinator.attach(wider)
+            await coordinator.attach(replace(wider, topic_id=""))  # a broker that did not say
+            assert (coordinator.state.incarnation, coordinator.state.source) == (1, wider)
+
     async def test_the_first_to_meet_an_attribute_decides_its_kind(self) -> None:
         async with running(Played(), A) as coordinator:
             epoch = coordinator.state.epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headrace.cluster.planning import adopt_codebook, attach_source, membership, moves, rebalanced, settle
+from headrace.cluster.planning import adopt_codebook, attach_source, membership, moves, rebalanced, settle, topic_found
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 
 WORKERS = [f"tcp://10.0.0.{number}:4000" for number in range(1, 7)]
@@ -103,9 +104,9 @@ class TestMembership:
 
     def test_all_gone_and_back_begins_again_once(self) -> None:
         gone = membership(begin(A, B), [])
-        assert (gone.incarnation, dict(gone.members), dict(gone.readers)) == (1, {}, {})
+        assert (dict(gone.members), dict(gone.readers), gone.alarms) == ({}, {}, ())
         back = membership(gone, [C])
-        assert back.incarnation == 1
+        assert back.incarnation == gone.incarnation + 1
         assert len(back.alarms) == 1
         assert set(back.readers.values()) == {C}
 
@@ -209,6 +210,35 @@ class TestCodebook:
         assert sorted(moves(after)[A]) == list(range(7))
 
 
+class TestTopic:
+    def test_its_id_is_learnt_without_a_new_incarnation(self) -> None:
+        state = begin(A, B)
+        known = replace(SOURCE, topic_id="one", origins={0: 99})
+        found = topic_found(state, known)
+        assert found.source == replace(SOURCE, topic_id="one"), "the log's origin is what it was when ingest began"
+        assert found == state.with_(epoch=state.epoch + 1, source=found.source)
+
+    @pytest.mark.parametrize("partitions", [1, 2, 5])
+    def test_another_begins_empty_with_everybody(self, partitions: int) -> None:
+        old = begin(A, B, C, source=replace(SOURCE, topic_id="one")).with_(schema={"n": "int"}, alarms=("before",))
+        moving = membership(adopt_codebook(old, centroids(4)), [A, B, C, D])
+        source = replace(SOURCE, topic_id="two", partitions=partitions, origins=dict.fromkeys(range(partitions), 7))
+        new = topic_found(moving, source)
+        assert (new.epoch, new.incarnation) == (moving.epoch + 1, moving.incarnation + 1)
+        assert new.source == source
+        assert set(new.members.values()) == {"active"}
+        assert set(new.members) == {A, B, C, D}
+        assert (new.codebook.generation, new.previous, new.moving, new.restoring) == (0, None, False, None)
+        assert new.copies == new.serving
+        assert len(new.copies[0]) == 2
+        assert sorted(new.readers) == list(range(partitions))
+        assert set(new.readers.values()) <= set(new.members)
+        assert new.schema == {"n": "int"}, "what was declared holds for the new topic too"
+        assert new.alarms[0] == "before"
+        assert "made anew (id two, before one)" in new.alarms[1]
+        assert topic_found(old.with_(alarms=new.alarms), source).alarms == new.alarms, "told by a worker already"
+
+
 class PlanMachine(RuleBasedStateMachine):
     """The invariants of a plan after any history, with what each worker really holds tracked beside it."""
 
@@ -263,6 +293,20 @@ class PlanMachine(RuleBasedStateMachine):
     @rule(rows=st.dictionaries(st.integers(0, 20), st.integers(0, 99)))
     def rows_grow(self, rows: dict[int, int]) -> None:
         self.change(rebalanced(self.state, rows))
+
+    @precondition(lambda self: self.state.members and self.state.source)
+    @rule(partitions=st.integers(1, 9))
+    def the_topic_is_made_anew(self, partitions: int) -> None:
+        before = self.state
+        known = before.source.topic_id or "0"
+        origins = dict.fromkeys(range(partitions), 0)
+        seen = replace(SOURCE, topic_id=f"{int(known) + 1}", partitions=partitions, origins=origins)
+        self.state = topic_found(topic_found(before, replace(SOURCE, topic_id=known)), seen)
+        assert self.state.incarnation == before.incarnation + 1
+        assert len(self.state.alarms) == len(before.alarms) + 1
+        assert set(self.state.readers) == set(range(partitions))
+        self.filled = {worker: set(self.state.cells) for worker in self.state.members}
+        assert membership(self.state, self.live, leaving=self.state.leaving) is self.state
 
     @precondition(lambda self: self.state.moving)
     @rule()
@@ -320,7 +364,7 @@ class PlanMachine(RuleBasedStateMachine):
         if not state.active:
             assert not state.readers
         elif state.source is not None:
-            assert sorted(state.readers) == list(range(8))
+            assert sorted(state.readers) == list(range(state.source.partitions))
             shares = Counter(state.readers.values())
             assert set(shares) <= set(state.active)
             readers = set(state.active) - set(state.leaving) or set(state.active)

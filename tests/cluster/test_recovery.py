@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.cluster.planning import adopt_codebook, attach_source, membership, settle
 from headrace.cluster.recovery import recovered
+from headrace.cluster.snapshot_state import Snapshots
 from headrace.cluster.state import CollectionState
 from tests.cluster.test_planning import SOURCE, A, B, C, begin, centroids
 
@@ -32,6 +33,14 @@ def test_what_has_no_epoch_is_put_together() -> None:
     found, _ = recovered({A: left, B: right})
     assert found.schema == {"a": "int", "b": "str"}
     assert set(found.alarms) == {"one", "two"}
+
+
+def test_what_is_known_of_snapshots_is_the_newest_of_that() -> None:
+    state = begin(A, B)
+    older = state.with_(epoch=state.epoch + 1, snapshots=Snapshots(url="/old", every=60.0, revision=3))
+    newer = state.with_(snapshots=Snapshots(url="/new", every=60.0, last="000002-x", revision=4))
+    found, _ = recovered({A: older, B: newer})
+    assert found.snapshots == newer.snapshots
 
 
 def test_a_new_codebook_is_kept_while_rows_still_wait() -> None:
@@ -72,10 +81,13 @@ def test_a_worker_that_missed_the_end_when_others_have_dropped_rows_begins_anew(
     assert incomplete == {C}
 
 
-def test_a_worker_of_an_older_incarnation_reads_again_by_itself() -> None:
+def test_a_worker_of_an_older_incarnation_begins_anew() -> None:
+    """The others' readers may have passed what it would lack."""
     joining, _ = joined_and_settled()
     again = membership(membership(joining, []), [A, C])
     assert again.incarnation == 1
     found, incomplete = recovered({A: again, C: joining})
     assert found.incarnation == 1
+    assert incomplete == {C}
+    found, incomplete = recovered({A: again, C: again})
     assert not incomplete

@@ -14,7 +14,7 @@ from headrace.cluster.replica import Replica
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.gpu.backend import resolve
 from headrace.gpu.errors import ConsistencyTimeout, StoreFull
-from headrace.gpu.rows import DELETED, Batch
+from headrace.gpu.rows import DELETED, Action, Batch
 from headrace.gpu.store import Applied, StoreSettings
 from tests.gpu.batches import DIM, batch_of
 
@@ -59,6 +59,23 @@ class TestWatermarks:
         replica.adopt(state_of(epoch=6))
         assert replica.store.view.stamp == {0: 100, 1: 0}
 
+    def test_what_lies_behind_a_hole_may_have_moved_rows_that_are_not_here_yet(self) -> None:
+        replica = replica_of()
+        away = {"id": "x", "cell": 3, "action": Action.DROP}
+        replica.apply(batch_of([{**away, "offset": 100}]), {0: (100, 101)}, {}, 5)
+        assert replica.store.view.moved == {}
+        replica.apply(batch_of([{**away, "offset": 105}]), {0: (105, 106)}, {}, 5)
+        assert replica.store.view.moved == {0: 106}
+
+    def test_a_copy_that_is_being_filled_may_have_missed_rows_that_moved_on(self) -> None:
+        replica = replica_of(members={ME: "joining", PEER: "active"}, serving={0: (PEER,)}, moving=True)
+        away = {"id": "x", "cell": 3, "action": Action.DROP}
+        replica.apply(batch_of([{**away, "offset": 0}]), {0: (0, 1)}, {}, 5)
+        assert replica.store.view.moved == {0: 1}
+        replica.adopt(state_of(epoch=6))
+        replica.apply(batch_of([{**away, "offset": 1}]), {0: (1, 2)}, {}, 6)
+        assert replica.store.view.moved == {0: 1}
+
     def test_they_stop_at_a_hole(self) -> None:
         replica = replica_of()
         send(replica, 101)
@@ -93,7 +110,7 @@ class TestWatermarks:
         assert replica.watermarks == {0: 100, 1: 0}
 
     def test_a_full_worker_claims_nothing_that_it_refused(self) -> None:
-        replica = Replica(state_of(), ME, resolve("host"), StoreSettings(memory_limit=40_000))
+        replica = Replica(state_of(), ME, resolve("host"), StoreSettings(memory_limit=400_000))
 
         def fill() -> None:
             for offset in range(100, 100_000):
@@ -105,6 +122,27 @@ class TestWatermarks:
         assert replica.status()["memory"]["full"]
         assert send(replica, 0, partition=1, cell=DELETED) is not None, "a deletion goes through"
         assert replica.watermarks[1] == 1
+
+    def test_remembered_deletions_give_way_where_there_is_no_room(self) -> None:
+        replica = Replica(state_of(), ME, resolve("host"), StoreSettings(memory_limit=400_000))
+
+        def delete(offset: int, stable: int) -> None:
+            rows = [
+                {"id": f"unknown {offset + n}" + "y" * 50, "offset": offset + n, "cell": DELETED} for n in range(64)
+            ]
+            replica.apply(batch_of(rows), {0: (offset, offset + 64)}, {0: stable}, 5)
+
+        offset = 100
+        with pytest.raises(StoreFull):  # noqa: PT012 - so many that they do not fit
+            while offset < 100_000:
+                delete(offset, 0)
+                offset += 64
+        before = replica.store.statistics()["remembered"]
+        with pytest.raises(StoreFull):
+            delete(offset, offset)
+        delete(offset, offset)
+        assert replica.store.statistics()["remembered"] == 64 < before
+        assert replica.watermarks[0] == offset + 64
 
     def test_a_joining_worker_claims_nothing_before_its_base(self) -> None:
         joining = {ME: "joining", PEER: "active"}
@@ -167,8 +205,10 @@ class TestCells:
         send(replica, 101, cell=1)
         copies = {0: (ME,), 1: (PEER,)}
         replica.adopt(state_of(epoch=6, copies=copies, serving=copies, moving=True))
+        assert replica.let_go() == 0
         assert replica.store.cell_sizes() == {0: 1, 1: 1}
         replica.adopt(state_of(epoch=7, copies=copies, serving=copies))
+        assert replica.let_go(1) == 1
         assert replica.store.cell_sizes() == {0: 1}
 
     @pytest.mark.parametrize(("moving", "epoch", "remembered"), [(False, 5, 0), (True, 5, 5000), (False, 6, 5000)])

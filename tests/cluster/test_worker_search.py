@@ -15,6 +15,7 @@ from headrace.cluster.wire import floats_to_wire, rows_from_wire
 from headrace.cluster.worker import WorkerNode
 from headrace.gpu.errors import FilterError, StaleEpoch
 from headrace.gpu.filters import parse
+from headrace.gpu.rows import Action
 from tests.gpu.batches import DIM, batch_of, vector_of
 
 STATE = CollectionState(
@@ -101,3 +102,32 @@ async def test_an_answer_of_a_state_that_has_passed_is_not_given(node: Node, mon
     with pytest.raises(StaleEpoch, match="epoch 2"):
         await asked(node, 3)
     assert ids(await asked(node, 3, epoch=2))[0][0] == "r3"
+
+
+async def test_a_read_that_waited_is_not_answered_from_a_state_that_has_passed(node: Node) -> None:
+    """Rows that others hold now may have been dropped while it waited."""
+    waiting = asyncio.ensure_future(node.on_get("docs", 1, ["r3"], False, [[0, 21]], 30.0))
+    counting = asyncio.ensure_future(node.on_count("docs", 1, [[0, 21]], 30.0))
+    await asyncio.sleep(0)
+    gone = STATE.with_(
+        epoch=2, copies={0: ("other",)}, serving={0: ("other",)}, members={"w": "active", "other": "active"}
+    )
+    await node.adopt(gone)
+    assert not node.replicas["docs"].store.view.rows
+    node.replicas["docs"].apply(None, {0: (20, 21)}, {}, 2)
+    for read in (waiting, counting):
+        with pytest.raises(StaleEpoch, match="epoch 2"):
+            await read
+
+
+async def test_a_record_of_a_newer_state_ends_reads_of_the_older(node: Node) -> None:
+    """It was routed by a placement that this worker has not heard of, and may have taken a row away from here."""
+    moved = batch_of([{"id": "r3", "offset": 20, "cell": 5, "action": Action.DROP}])
+    node.replicas["docs"].apply(moved, {0: (20, 21)}, {}, 2)
+    with pytest.raises(StaleEpoch, match="epoch 2"):
+        await node.on_get("docs", 1, ["r3"], False, [], 1.0)
+    with pytest.raises(StaleEpoch, match="epoch 2"):
+        await asked(node, 3)
+    answer = await node.on_get("docs", 2, ["r3"], False, [], 1.0)
+    assert (answer["applied"], answer["moved"]) == ([[0, 21]], [[0, 21]])
+    assert (await asked(node, 3, epoch=2))["moved"] == [[0, 21]]

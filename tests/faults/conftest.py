@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,16 @@ log = logging.getLogger("tests.faults")
 
 Quiet = Callable[..., dict[str, Any]]
 Kept = Callable[[Scene], None]
+
+
+@pytest.fixture(autouse=True)
+def what_was_killed_is_forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Dask leaves a socket to a scheduler that was killed to the collector, whose warning would hit another test."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @pytest.fixture

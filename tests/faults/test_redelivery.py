@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,6 +78,9 @@ class LoneNode:
     async def call_scheduler(self, op: str, /, *, deadline: float = 5.0, **message: Any) -> dict[str, Any]:
         assert op == "learn", f"{op} was asked of the scheduler"
         return {"schema": dict(message["schema"])}
+
+    def clock(self) -> float:
+        return time.time()
 
     def maintain(self, replica: Replica) -> None:
         replica.store.maintain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -77,7 +78,8 @@ class Copies:
         self.stores = {address: one.store for address, one in damage.replicas(db, docs.name).items()}
 
     def holders(self, row_id: str) -> list[Store]:
-        row = self.docs.get([row_id])[0]
+        # Not at "session": a version of the future would be waited for by all later ones.
+        row = self.docs.get([row_id], consistency="eventual")[0]
         assert row is not None
         return [self.stores[worker] for worker in self.docs.status()["placement"][row.cell]]
 
@@ -252,6 +254,16 @@ def test_damage_is_found_and_mended_and_nothing_else_is_changed(copies: Copies, 
     for store in copies.stores.values():
         assert store.view.rows == sum(store.cell_sizes().values())
     assert copies.docs.verify() == headrace.Verification(True, CELLS, 2 * CELLS)
+
+
+def test_a_session_that_was_shown_a_version_of_the_future_goes_on_after_the_repair(copies: Copies) -> None:
+    damage.age(copies.holders("d1")[1], "d1", FAR)
+    until_shown = itertools.takewhile(lambda row: row.offset < FAR, iter(lambda: copies.docs.get(["d1"])[0], None))
+    assert len(list(until_shown)) < 1000
+    with pytest.raises(headrace.ConsistencyTimeout):
+        copies.docs.get(["d1"], deadline=0.5)
+    assert copies.docs.verify(repair=True).repaired == 1
+    assert copies.docs.get(["d1", "d2"], deadline=5.0)[1] is not None
 
 
 def test_a_vector_that_is_damaged_is_seen_by_a_deep_look_only(copies: Copies) -> None:

@@ -6,9 +6,6 @@ The cluster is one as `headrace scheduler` and `headrace worker` make it, each i
 from __future__ import annotations
 
 import logging
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 
 import headrace
+from benchmarks.fault_cluster import SchedulerProcess, command, end
 from headrace.gpu.errors import CollectionExists
 from headrace.pipeline.client import Collection, Database
 from headrace.streams.broker import EmbeddedBroker
@@ -34,61 +32,9 @@ AWAY = 5.0
 """Seconds between the kill and the next scheduler's start."""
 
 
-def command(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "headrace.pipeline.cli", *arguments, "--end-with-parent"], stdin=subprocess.PIPE
-    )
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-class Scheduler:
-    """A scheduler that can be killed and replaced."""
-
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
-        self.address = f"tcp://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        self._process = command(
-            "scheduler", "--port", str(self.port), "--dashboard", ":0", "--backend", "host", "--workers", "2"
-        )
-
-    def wait(self) -> None:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert time.monotonic() < until, "the scheduler did not start"
-                assert self._process.poll() is None, "the scheduler ended at once"
-                time.sleep(0.02)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-    def end(self) -> None:
-        end(self._process)
-
-
 @pytest.fixture(scope="module")
-def scheduler() -> Iterator[Scheduler]:
-    running = Scheduler()
+def scheduler() -> Iterator[SchedulerProcess]:
+    running = SchedulerProcess()
     try:
         running.wait()
         yield running
@@ -97,7 +43,7 @@ def scheduler() -> Iterator[Scheduler]:
 
 
 @pytest.fixture(scope="module")
-def cluster(scheduler: Scheduler) -> Iterator[Database]:
+def cluster(scheduler: SchedulerProcess) -> Iterator[Database]:
     workers = command("worker", scheduler.address, "--workers", "2")
     try:
         with headrace.connect(scheduler.address, backend="host", timeout=60) as db:
@@ -156,7 +102,7 @@ def rows_read(collection: Collection) -> int:
 
 
 def test_search_and_ingest_go_on_without_a_scheduler(
-    scheduler: Scheduler, cluster: Database, broker: EmbeddedBroker, topic: str, until_quiet: Quiet
+    scheduler: SchedulerProcess, cluster: Database, broker: EmbeddedBroker, topic: str, until_quiet: Quiet
 ) -> None:
     collection = cluster.create_collection(topic, dim=DIM, replicas=2, cells=4, attributes={"late": "float"})
     collection.ingest(broker.bootstrap)
@@ -222,7 +168,7 @@ def cluster_workers(cluster: Database) -> dict[str, int]:
 
 
 def test_a_client_that_comes_later_finds_everything(
-    scheduler: Scheduler, cluster: Database, broker: EmbeddedBroker, topic: str
+    scheduler: SchedulerProcess, cluster: Database, broker: EmbeddedBroker, topic: str
 ) -> None:
     """Twice in a row, and nobody was connected in between who could have brought anything back."""
     collection = cluster.create_collection(topic, dim=DIM, replicas=2)

@@ -396,7 +396,9 @@ def test_a_column_of_another_kind_than_was_said() -> None:
         ("i", 1, "'i' holds whole numbers: compare it with a value"),
         ("3", 1, "this is no condition"),
         ("'a'", 1, "this is no condition"),
-        ("s.upper() == 'A'", 1, "one side must be a column"),
+        ("s.upper() == 'A'", 1, ".upper() cannot be: texts have .startswith"),
+        ("s.upper().startswith('A')", 1, ".upper() cannot be"),
+        ("s.startswith('a') == True", 1, "a condition by itself"),
         ("s.lower()", 1, ".lower() cannot be"),
         ("s.startswith()", 1, "takes one text"),
         ("s.startswith('a', 1)", 1, "takes one text"),
@@ -417,6 +419,8 @@ def test_a_column_of_another_kind_than_was_said() -> None:
         ("i := 3", 3, "has no meaning"),
         ("i == ...", 8, "something must follow"),
         ("i == 1j", 6, "neither a number nor a name"),
+        ("id == 'a'", 1, "ids are not attributes"),
+        ("i == 3 and col('id') == 'a'", 12, "read rows by id with get(ids)"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_place(text: str, place: int, why: str) -> None:
@@ -448,6 +452,12 @@ def test_a_long_filter_is_shown_around_the_place() -> None:
     _, shown, marks = str(told.value).split("\n")
     assert len(shown) < 90
     assert shown[marks.index("^") :][:3] == "nix"
+
+
+@pytest.mark.parametrize(("letter", "name"), [("\0", "a NUL"), ("\ud800", "lone surrogate")])
+def test_letters_that_python_would_not_read_are_told_with_their_place(letter: str, name: str) -> None:
+    with pytest.raises(FilterError, match=rf"character 11: .*{name}"):
+        parse(f"s == 'abcd{letter}e'", SCHEMA)
 
 
 def test_a_collection_without_columns_says_where_they_come_from() -> None:

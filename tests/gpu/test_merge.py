@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.gpu.errors import ConfigError
-from headrace.gpu.merge import MergePolicy, SegmentSize, plan, settle
+from headrace.gpu.merge import MergePolicy, SegmentSize, make_room, plan, settle
 
 POLICY = MergePolicy(fan_in=3, tier=4.0, floor_rows=1, dead_share=0.3, max_rows=1000)
 
@@ -74,6 +74,38 @@ def test_nothing_is_planned_that_there_is_no_room_for() -> None:
     assert plan(frozen(10, 20, 30), POLICY, 200) == [0]
     assert plan([*frozen(30), *full(1, 1, 1)], POLICY, 200) == [1, 2, 3]
     assert plan([SegmentSize(100, 50, job_bytes=500), SegmentSize(10, 5, job_bytes=50)], POLICY, 100) == [1]
+
+
+def test_where_room_is_short_what_gives_back_most_for_the_work_goes_first() -> None:
+    few, some = SegmentSize(100, 99, job_bytes=990, held=1000), SegmentSize(100, 80, job_bytes=800, held=1000)
+    assert make_room([few, some], 0.01) == [1]
+    assert make_room([few, some], 0.2) == [1]
+    assert make_room([few, some], 0.21) == []
+    assert make_room([few], 0.01) == [0]
+    assert make_room([few, some], 0.01, room=799) == []
+    assert make_room([few, some, SegmentSize(10, 0, held=100)], 0.01, room=0) == [2], "what is dead takes no work"
+    fat = SegmentSize(100, 90, job_bytes=900, held=9000)
+    assert make_room([some, fat], 0.01) == [1], "texts count, not only rows"
+    assert make_room(full(10, 10), 0.0) == []
+    assert make_room([], 0.01) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1)), max_size=12),
+    st.floats(0.001, 1),
+    st.none() | st.integers(1, 100),
+)
+def test_making_room_comes_to_an_end(segments: list[tuple[int, float]], share: float, room: int | None) -> None:
+    sizes = [SegmentSize(rows, int(rows * live), False, int(rows * live), rows) for rows, live in segments]
+    for _ in range(len(sizes)):
+        chosen = make_room(sizes, share, room)
+        if not chosen:
+            break
+        (at,) = chosen
+        live = sizes[at].live
+        assert room is None or live <= room
+        sizes = sizes[:at] + sizes[at + 1 :] + ([SegmentSize(live, live, False, live, live)] if live else [])
+    assert make_room(sizes, share, room) == []
 
 
 @pytest.mark.parametrize("wrong", [{"fan_in": 1}, {"dead_share": 0.0}, {"dead_share": 1.5}])

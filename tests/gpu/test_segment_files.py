@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from headrace.gpu import segment_files
+from headrace.gpu import archive, segment_files
 from headrace.gpu.backend import Backend, resolve
-from headrace.gpu.errors import BackendError
+from headrace.gpu.errors import BackendError, SnapshotDamaged, SnapshotError
 from headrace.gpu.index_spec import KINDS, IndexSpec
 from headrace.gpu.rows import DELETED
-from headrace.gpu.segments import Sealed, SegmentView
+from headrace.gpu.segments import Sealed
 from headrace.gpu.store import Store, StoreSettings
 from tests.gpu.batches import DIM, batch_of, vector_of
 
@@ -34,7 +34,7 @@ def attributes_of(number: int) -> dict[str, Any]:
     return {name: value for at, (name, value) in enumerate(every.items()) if (number + at) % 3}
 
 
-def sealed_of(backend: Backend, kind: str = "graph", dtype: str = "float32", ids: str = "string") -> SegmentView:
+def sealed_of(backend: Backend, kind: str = "graph", dtype: str = "float32", ids: str = "string") -> Sealed:
     names: list[Any] = [f"{ODD[n % 5]}-{n}" if ids == "string" else n - 7 for n in range(ROWS)]
     index = IndexSpec(kind, dtype, graph_degree=8, graph_effort=32)
     store = Store(backend, DIM, "cosine", StoreSettings(seal_rows=ROWS), index=index, ids=ids)
@@ -42,23 +42,28 @@ def sealed_of(backend: Backend, kind: str = "graph", dtype: str = "float32", ids
     store.apply(batch_of(rows))
     assert store.maintain()
     store.apply(batch_of([{"id": names[n], "offset": 100 + n, "cell": DELETED} for n in range(0, ROWS, 9)]))
-    [view] = [part for part in store.view.segments if isinstance(part.segment, Sealed)]
-    return view
+    [sealed] = [part.segment for part in store.view.segments if isinstance(part.segment, Sealed)]
+    return sealed
+
+
+def loaded(backend: Backend, folder: Path) -> Sealed:
+    manifest = segment_files.manifest_from((folder / "manifest.json").read_bytes(), f"{folder}/manifest.json")
+    segment_files.verify(manifest, folder, str(folder))
+    return segment_files.load(manifest, backend, folder, str(folder))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("ids", ["string", "integer"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_comes_back_as_it_was(backend: Backend, tmp_path: Path, kind: str, dtype: str, ids: str) -> None:
-    view = sealed_of(backend, kind, dtype, ids)
-    before = view.segment
-    assert isinstance(before, Sealed)
-    segment_files.save(view, ids, backend, tmp_path / "one")
-    assert os.listdir(tmp_path) == ["one"]
-    after, marks = segment_files.load(backend, tmp_path / "one")
-    np.testing.assert_array_equal(marks.alive, view.alive)
-    np.testing.assert_array_equal(marks.cells, view.cells)
-    assert marks.live == view.live
+    before = sealed_of(backend, kind, dtype, ids)
+    segment_files.save(before, "cosine", backend, tmp_path / "one")
+    after = loaded(backend, tmp_path / "one")
+    assert after.uid == before.uid
     assert after.ids.to_list() == before.ids.to_list()
     np.testing.assert_array_equal(after.ids.hashes(), before.ids.hashes())
     assert after.versions.to_tuples() == before.versions.to_tuples()
@@ -75,44 +80,34 @@ def test_it_comes_back_as_it_was(backend: Backend, tmp_path: Path, kind: str, dt
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_growing_segment_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_segment_gives_the_same_folder_whoever_writes_it(tmp_path: Path, kind: str, dtype: str) -> None:
     host = resolve("host")
-    store = Store(host, DIM, "cosine")
-    store.apply(batch_of([{"id": "a", "offset": 1}]))
-    with pytest.raises(BackendError, match="a growing segment still changes"):
-        segment_files.save(store.view.segments[0], "string", host, tmp_path / "one")
-    assert os.listdir(tmp_path) == []
+    segment_files.save(sealed_of(host, kind, dtype), "cosine", host, tmp_path / "one")
+    segment_files.save(loaded(host, tmp_path / "one"), "cosine", host, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_what_is_there_already_stays(tmp_path: Path) -> None:
+def test_a_write_that_fails_says_where(tmp_path: Path) -> None:
     host = resolve("host")
-    view = sealed_of(host)
-    segment_files.save(view, "string", host, tmp_path / "one")
-    before = (tmp_path / "one" / "manifest.json").read_bytes()
-    with pytest.raises(BackendError, match="cannot write a segment"):
-        segment_files.save(view, "string", host, tmp_path / "one")
-    assert (tmp_path / "one" / "manifest.json").read_bytes() == before
-    assert os.listdir(tmp_path) == ["one"]
+    (tmp_path / "one").mkdir()
+    with pytest.raises(OSError, match="one"):
+        segment_files.save(sealed_of(host), "cosine", host, tmp_path / "one")
 
+    def full(index: Any, path: Path) -> None:
+        raise BackendError(f"cannot write the index to {path}: check its free space")
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = resolve("host")
-    view = sealed_of(host)
-
-    def full(*args: Any, **arrays: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(BackendError, match="No space left"):
-        segment_files.save(view, "string", host, tmp_path / "one")
-    assert os.listdir(tmp_path) == []
+    broken = dataclasses.replace(host, kinds={"graph": SimpleNamespace(save=full)})  # type: ignore[dict-item]
+    with pytest.raises(SnapshotError, match="check its free space"):
+        segment_files.save(sealed_of(host), "cosine", broken, tmp_path / "two")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 @pytest.mark.parametrize("file", ["index", "rows.npz"])
 def test_damage_is_noticed(tmp_path: Path, file: str, damage: str) -> None:
     host = resolve("host")
-    segment_files.save(sealed_of(host), "string", host, tmp_path / "one")
+    segment_files.save(sealed_of(host), "cosine", host, tmp_path / "one")
     path = tmp_path / "one" / file
     content = bytearray(path.read_bytes())
     if damage == "gone":
@@ -120,20 +115,58 @@ def test_damage_is_noticed(tmp_path: Path, file: str, damage: str) -> None:
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content[:-1] if damage == "cut" else content)
-    with pytest.raises(BackendError, match=f"{file} is missing or damaged: restore"):
-        segment_files.load(host, tmp_path / "one")
+    with pytest.raises(SnapshotDamaged, match=f"one/{file} is (missing|damaged): take another"):
+        loaded(host, tmp_path / "one")
 
 
-def test_half_a_folder_and_a_newer_format_are_no_segments(tmp_path: Path) -> None:
+def test_a_manifest_that_was_changed_is_none(tmp_path: Path) -> None:
     host = resolve("host")
-    with pytest.raises(BackendError, match="holds no complete segment"):
-        segment_files.load(host, tmp_path / "nothing")
-    segment_files.save(sealed_of(host), "string", host, tmp_path / "one")
-    manifest = tmp_path / "one" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**told, "format": 2}))
-    with pytest.raises(BackendError, match="format 2, this Headrace reads 1"):
-        segment_files.load(host, tmp_path / "one")
-    manifest.write_text("{")
-    with pytest.raises(BackendError, match="holds no complete segment"):
-        segment_files.load(host, tmp_path / "one")
+    segment_files.save(sealed_of(host), "cosine", host, tmp_path / "one")
+    path = tmp_path / "one" / "manifest.json"
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        if not changed[at : at + 1].isspace() or not content[at : at + 1].isspace():
+            with pytest.raises(SnapshotDamaged, match="is not a segment's manifest"):
+                segment_files.manifest_from(bytes(changed), str(path))
+    for wrong in (b"", b"{", b"[]", b"{}", content[: len(content) // 2]):
+        with pytest.raises(SnapshotDamaged, match="not a segment's manifest"):
+            segment_files.manifest_from(wrong, str(path))
+
+
+def test_another_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = resolve("host")
+    with monkeypatch.context() as patch:
+        patch.setattr(segment_files, "_FORMAT", 7)
+        segment_files.save(sealed_of(host), "cosine", host, tmp_path / "one")
+    with pytest.raises(SnapshotError, match="format 7, this Headrace reads 1") as told:
+        loaded(host, tmp_path / "one")
+    assert not isinstance(told.value, SnapshotDamaged)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_a_device_wrote_is_searched_on_the_host(tmp_path: Path, dtype: str, few: bool) -> None:
+    """`headrace.gpu.rapids.graph.save` writes an archive; the recall by effort of CAGRA says nothing about HNSW's."""
+    host = resolve("host")
+    before = sealed_of(host, "graph", dtype)
+    kept = before.index.rows
+    near = np.argsort(-(kept.astype(np.float32) @ kept.astype(np.float32).T), axis=1)[:, 1:17].astype(np.uint32)
+
+    def save(index: Any, path: Path) -> None:
+        archive.write(path, "graph", "cosine", index.rows, links=near[:0, :0] if few else near)
+
+    device = dataclasses.replace(host, name="rapids", kinds={"graph": SimpleNamespace(save=save)})  # type: ignore[dict-item]
+    told = dataclasses.replace(before.calibration, pairs=((512, 0.5),))
+    before.calibration = told
+    segment_files.save(before, "cosine", device, tmp_path / "one")
+    after = loaded(host, tmp_path / "one")
+    assert after.uid != before.uid
+    assert after.calibration != told
+    np.testing.assert_array_equal(after.vectors_of(np.arange(ROWS)), before.vectors_of(np.arange(ROWS)))
+    queries = after.vectors_of(np.arange(0, ROWS, 9))
+    _, rows = after.search(None, queries, 1, 0.95, ROWS)
+    assert rows[:, 0].tolist() == list(range(0, ROWS, 9))
+    segment_files.save(after, "cosine", host, tmp_path / "two")
+    assert loaded(host, tmp_path / "two").uid == after.uid

@@ -14,7 +14,7 @@ import pytest
 
 from headrace.gpu import maintenance
 from headrace.gpu.backend import Backend, resolve
-from headrace.gpu.calibrate import Calibration
+from headrace.gpu.calibrate import EXACT, Calibration
 from headrace.gpu.errors import ConfigError, RecordError
 from headrace.gpu.filters import parse
 from headrace.gpu.ids import hash_ids, row_digests
@@ -368,7 +368,7 @@ class TestReads:
         store.search(query, 3)
         for target in (0.4, 0.99, 1.0):
             store.search(query, 3, recall_target=target)
-        assert efforts == [32, 16, 57, 64]
+        assert efforts == [32, 16, 57, EXACT]
 
     def test_fewer_rows_than_asked_for(self, numbers: Store) -> None:
         store = numbers
@@ -385,7 +385,7 @@ class TestReads:
     def test_an_answer_carries_the_stamp_of_its_rows(self, store: Store) -> None:
         put(store, {"id": "a", "offset": 1}, stamp={0: 2, 1: 7})
         assert store.search(vector_of("a", 1)[None], 1).stamp == {0: 2, 1: 7}
-        assert store.get(["a"])[1] == {0: 2, 1: 7}
+        assert store.get(["a"])[1].stamp == {0: 2, 1: 7}
         put(store, {"id": "b", "offset": 2})
         assert store.view.stamp == {0: 2, 1: 7}
         store.stamp({0: 9})
@@ -413,7 +413,7 @@ class TestReads:
         assert part.segment.versions.offsets[:50].tolist() == list(range(50))
         assert [row.offset for row in first] == list(range(50))
         queries = np.array([vector_of(n, n) for n in range(50)])
-        _, rows = part.segment.search(None, store._backend.xp.asarray(queries), 1, 1.0, 50)
+        _, rows = part.segment.search(None, store.backend.xp.asarray(queries), 1, 1.0, 50)
         assert rows[:, 0].tolist() == list(range(50)), "an older view no longer finds its rows"
 
     def test_sample(self, numbers: Store) -> None:
@@ -646,6 +646,39 @@ class TestMaintenance:
         thread.join()
         assert versions(store)[3] == (0, 1003, 0)
 
+    def test_a_full_segment_is_sealed_while_a_merge_goes_on(
+        self, numbers: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store, kind = numbers, backend.kinds["graph"]
+        merging, go_on, build = threading.Event(), threading.Event(), kind.build
+
+        def slow(vectors: Any, *args: Any, **settings: Any) -> Any:
+            if len(vectors) > 64:
+                merging.set()
+                assert go_on.wait(60)
+            return build(vectors, *args, **settings)
+
+        monkeypatch.setattr(kind, "build", slow)
+        put(store, *({"id": n, "offset": n} for n in range(128)))
+        thread = threading.Thread(target=store.maintain, kwargs={"settle": True})
+        thread.start()
+        assert merging.wait(60)
+        assert not store.wants_maintenance(), "what is being rewritten is not wanted again"
+        assert not store.maintain()
+        put(store, *({"id": n, "offset": n} for n in range(128, 192)))
+        put(store, {"id": 5, "offset": 1000})
+        assert store.wants_maintenance()
+        assert store.maintain()
+        assert store.statistics()["rewriting"] > 0
+        assert [one["kind"] for one in store.statistics()["segments"] if one["rows"] == 64].count("sealed") == 1
+        go_on.set()
+        thread.join()
+        assert store.statistics()["rewriting"] == 0
+        found = versions(store)
+        assert sorted(found) == list(range(192))
+        assert found[5] == (0, 1000, 0)
+        assert found[130] == (0, 130, 0)
+
     def test_a_build_that_fails_loses_nothing_and_is_done_again(
         self, numbers: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -766,8 +799,8 @@ class TestNothingBlinks:
                 assert ids[0] == number, f"{number} was missed: {ids}"
                 assert len(set(ids)) == len(ids), f"twice in one answer: {ids}"
                 assert rows[0].offset < found.stamp[0], "a row newer than the stamp"
-            got, stamp = store.get(range(steady))
-            assert all(row is not None and row.offset < stamp[0] for row in got)
+            got, view = store.get(range(steady))
+            assert all(row is not None and row.offset < view.stamp[0] for row in got)
             rounds["read"] += 1
 
         for _ in range(100):
@@ -803,3 +836,64 @@ class TestNothingBlinks:
         assert len(written) > 100
         assert sorted(versions(store)) == written
         assert all(row is not None for row in store.get(written)[0])
+
+
+class TestTheDoor:
+    def test_what_cannot_be_asked(self, store: Store) -> None:
+        put(store, {"id": "a", "offset": 0})
+        query = vector_of("a")[None]
+        for k in (0, -1, 1.5, True, None, "3"):
+            with pytest.raises(ConfigError, match="ask for a whole number of rows"):
+                store.search(query, k)  # type: ignore[arg-type]
+        assert len(store.search(query, np.int64(3)).rows[0]) == 1  # type: ignore[arg-type]
+        for target in (0, 1.5, -1, float("nan")):
+            with pytest.raises(ConfigError, match="recall_target is"):
+                store.search(query, 1, recall_target=target)
+        for wrong in (query[0], query[:, 1:]):
+            with pytest.raises(ValueError, match="queries have shape"):
+                store.search(wrong, 1)
+
+    def test_an_id_twice_in_one_batch(self, store: Store) -> None:
+        with pytest.raises(RecordError, match="the id 'a' is in one batch twice"):
+            put(store, {"id": "b", "offset": 0}, {"id": "a", "offset": 1}, {"id": "a", "offset": 2})
+        assert store.view.rows == 0
+
+
+class TestWhatIsPromised:
+    def test_where_no_effort_reaches_the_target_the_search_is_exact_and_says_so(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        short = Calibration(((16, 0.5), (32, 0.8)))
+        monkeypatch.setattr(maintenance, "calibrate", lambda *args, **more: short)
+        monkeypatch.setattr("headrace.gpu.segments._FEW_ROWS", 100)
+        settings = StoreSettings(seal_rows=4000, merge=MergePolicy(floor_rows=1))
+        spec = IndexSpec("graph", graph_degree=2, graph_effort=2, recall_target=0.95)
+        store = Store(resolve("host"), DIM, "l2", settings, index=spec, ids="integer")
+        vectors = np.random.default_rng(0).normal(size=(3000, DIM)).astype(np.float32)
+        store.apply(replace(batch_of([{"id": n, "offset": n} for n in range(3000)]), vectors=vectors))
+        with caplog.at_level("WARNING", logger="headrace.gpu"):
+            assert store.maintain(settle=True)
+        [warning] = [record.getMessage() for record in caplog.records]
+        assert "the highest effort tried, 32, reaches a recall of 0.800, not 0.95" in warning
+        [segment] = [part for part in store.statistics()["segments"] if part["kind"] == "sealed"]
+        assert (segment["recall"], segment["effort"], segment["reached"]) == (1.0, None, 0.8)
+        queries = np.random.default_rng(1).normal(size=(60, DIM)).astype(np.float32)
+        truth = np.argsort(((queries[:, None] - vectors[None]) ** 2).sum(axis=2), axis=1)[:, :10]
+
+        def recall(target: float | None) -> float:
+            found = [store.search(query[None], 10, recall_target=target).rows[0] for query in queries]
+            pairs = zip(found, truth.tolist(), strict=True)
+            return sum(len({row.id for row in rows} & set(best)) for rows, best in pairs) / truth.size
+
+        assert recall(None) == 1
+        assert recall(0.81) == 1
+        assert recall(0.5) < 0.9
+
+    def test_a_segment_that_reaches_it_tells_its_effort(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(maintenance, "calibrate", lambda *args, **more: Calibration(((16, 0.9), (32, 1.0))))
+        store = store_of(resolve("host"))
+        put(store, *({"id": n, "offset": n} for n in range(64)))
+        assert store.maintain()
+        segments = {part["kind"]: part for part in store.statistics()["segments"]}
+        assert (segments["sealed"]["recall"], segments["sealed"]["effort"]) == (0.95, 24)
+        assert (segments["growing"]["recall"], segments["growing"]["effort"]) == (1.0, None)

@@ -151,11 +151,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def get_and_digests_agree(self) -> None:
-        found, stamp = self.store.get(self.names)
+        found, view = self.store.get(self.names)
         assert [row and row.offset for row in found] == [
             self.known[row_id][1] if row_id in self.cells else None for row_id in self.names
         ]
-        assert stamp.get(0, 0) <= self.next_offset
+        assert view.stamp.get(0, 0) <= self.next_offset
         sums: dict[int, tuple[int, int]] = {}
         for row_id, cell in self.cells.items():
             count, total = sums.get(cell, (0, 0))

@@ -107,6 +107,14 @@ class WatermarkSample:
 
 
 @dataclass(frozen=True, slots=True)
+class TopicEnds:
+    """The topic went at least as far as this at `time`, acknowledged or not."""
+
+    time: float
+    offsets: Offsets
+
+
+@dataclass(frozen=True, slots=True)
 class FirstVisible:
     """A version, or a newer one of its id, was first seen by a reader at `time`."""
 
@@ -161,8 +169,8 @@ class FaultMark:
 
 
 Event: TypeAlias = (
-    Origin | Produced | Read | Committed | WatermarkSample | FirstVisible | FinalState | Verified | DeadLettered
-    | Placement | FaultMark
+    Origin | Produced | Read | Committed | WatermarkSample | TopicEnds | FirstVisible | FinalState | Verified
+    | DeadLettered | Placement | FaultMark
 )  # fmt: skip
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__args__}
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.gpu.errors import ConsistencyTimeout
-from tests.history.checker import INVARIANTS, check_all, check_freshness
+from tests.history.checker import INVARIANTS, LEVELS, check_all, check_freshness
 from tests.history.events import (
     Answer,
     Committed,
-    DeadLettered,
     Event,
     FaultMark,
     FinalState,
     FirstVisible,
     History,
-    Origin,
     Placement,
     Produced,
     Read,
@@ -31,102 +26,25 @@ from tests.history.events import (
     Verified,
     WatermarkSample,
 )
-from tests.history.recorder import Recorder, value_digest
-
-WORKERS = ("w0", "w1", "w2")
-CELLS = {cell: (WORKERS[cell], WORKERS[(cell + 1) % 3]) for cell in range(3)}
-E = TypeVar("E", bound=Event)
-
-
-def simulate(script: list[tuple[str, int]]) -> list[Event]:
-    """A right history: every operation takes a second, is applied everywhere, sampled, committed and read.
-
-    Operations: "put", "delete", "refused" (dead letter), "unsure" (applied, never acknowledged), "unsent" (neither).
-    """
-    events: list[Event] = [Origin(seed=7, command="pytest -k this")]
-    store: dict[int, Stored] = {}
-    ends = {0: 0, 1: 0}
-    for second, (what, id) in enumerate(script, 1):
-        now, partition, offset = float(second), id % 2, ends[id % 2]
-        place = (None, None) if what.startswith("uns") else (partition, offset)
-        acked = None if what.startswith("uns") else now + 0.05
-        digest = f"value {second}"
-        events.append(Produced(id, place[0], place[1], second * 1000, what == "delete", digest, acked, now, "c"))
-        if what == "delete":
-            store.pop(id, None)
-        elif what in ("put", "unsure"):
-            store[id] = Stored(id, partition, offset, id % 3, digest)
-        elif what == "refused":
-            events.append(DeadLettered(partition, offset, "not a vector"))
-        ends[partition] += what != "unsent"
-        if what in ("put", "delete"):
-            events.append(FirstVisible(partition, offset, now + 0.04))
-        events.append(Committed(now + 0.1, dict(ends), now + 0.09))
-        events += [WatermarkSample(now + 0.2, worker, dict(ends)) for worker in WORKERS]
-        rows = tuple(Answer(r.id, r.topic_partition, r.offset, None, r.digest) for r in store.values())
-        asked = tuple({id for _, id in script})
-        events.append(Read("get", "strong", now + 0.3, now + 0.4, {}, dict(ends), rows, asked, "other"))
-        events.append(Read("get", "session", now + 0.3, now + 0.4, {}, None, rows, asked, "c"))
-        hits = tuple(Answer(r.id, score=0.5) for r in store.values())
-        events.append(Read("scan", "bounded:100", now + 0.5, now + 0.6, {}, dict(ends), hits))
-        events.append(Read("search", "strong", now + 0.7, now + 0.8, {}, dict(ends), rows[:1]))
-    end = len(script) + 1.0
-    events.append(Placement(CELLS, 2))
-    for worker in WORKERS:
-        held = tuple(row for row in store.values() if worker in CELLS[row.cell])
-        events.append(FinalState(worker, held, dict(ends), end))
-    return [*events, Verified(True)]
-
-
-SCRIPT = [("put", 1), ("put", 2), ("put", 1), ("delete", 2), ("put", 4), ("put", 3), ("refused", 3), ("put", 3)]
-GOOD = simulate(SCRIPT)
-
-
-def invariants(events: list[Event], **options: Any) -> set[str]:
-    return {violation.invariant for violation in check_all(History.of(events), **options).violations}
-
-
-def change(what: type[E], edit: Callable[[E], Event | None], *, which: int = -1, **where: Any) -> list[Event]:
-    """The good history with one event of a kind edited, or left out."""
-    at = [
-        i for i, e in enumerate(GOOD) if isinstance(e, what) and all(getattr(e, k) == v for k, v in where.items())
-    ][which]  # fmt: skip
-    edited = edit(GOOD[at])  # type: ignore[arg-type]
-    return [*GOOD[:at], *([] if edited is None else [edited]), *GOOD[at + 1 :]]
-
-
-def final(edit: Callable[[tuple[Stored, ...]], tuple[Stored, ...]], worker: str = "w1") -> list[Event]:
-    return change(FinalState, lambda state: dataclasses.replace(state, rows=edit(state.rows)), worker=worker)
-
-
-def everywhere(edit: Callable[[tuple[Stored, ...]], tuple[Stored, ...]]) -> list[Event]:
-    return [dataclasses.replace(e, rows=edit(e.rows)) if isinstance(e, FinalState) else e for e in GOOD]
-
-
-def read(edit: Callable[[tuple[Answer, ...]], tuple[Answer, ...]], consistency: str = "strong") -> list[Event]:
-    kind = "scan" if consistency.startswith("bounded") else "get"
-    return change(Read, lambda r: dataclasses.replace(r, results=edit(r.results)), kind=kind, consistency=consistency)
-
-
-def only(*rows: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Replace the rows of the same ids."""
-    return lambda old: (*(row for row in old if row.id not in {new.id for new in rows}), *rows)
-
-
-def without(id: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda rows: tuple(row for row in rows if row.id != id)
-
-
-def at(second: float) -> Callable[[Any], Any]:
-    return lambda event: dataclasses.replace(event, time=second)
-
-
-def replacing(**fields: Any) -> Callable[[Any], Any]:
-    return lambda event: dataclasses.replace(event, **fields)
-
+from tests.history.histories import (
+    CELLS,
+    GOOD,
+    SCRIPT,
+    at,
+    change,
+    everywhere,
+    final,
+    invariants,
+    only,
+    read,
+    replacing,
+    simulate,
+    without,
+)
 
 # topic partition 0 holds: put 2, delete 2, put 4; topic partition 1: put 1, put 1, put 3, refused 3, put 3
 OLD = Stored(3, 1, 2, 0)
+GAVE_UP = "ConsistencyTimeout: 3 of 4"
 MUTATIONS: dict[str, list[Event]] = {
     "I1 a row dropped from one copy": final(without(1)),
     "I1 a row dropped from every copy": everywhere(without(4)),
@@ -168,13 +86,15 @@ MUTATIONS: dict[str, list[Event]] = {
     "promise a session read shows what it deleted": read(only(Answer(2, 0, 0)), "session"),
     "promise a strong read had applied too little": change(Read, replacing(applied={0: 3}), consistency="strong"),
     "promise required offsets were not applied": change(Read, replacing(required={0: 4}), consistency="strong"),
+    "failed with an error that is no deadline": [*GOOD, Read("get", "strong", 9, 9.1, {}, None, (), error="Lost: w0")],
+    "failed at a level that waits for nothing": [*GOOD, Read("get", "eventual", 9, 9.1, {}, None, (), error=GAVE_UP)],
     "history two records in one place": [*GOOD, Produced(5, 1, 1, 9000, acked_at=9.0, sent_at=9.0)],
     "history nothing to judge by": [e for e in GOOD if not isinstance(e, FinalState | Placement)],
 }  # fmt: skip
 
 
 def test_a_good_history_passes_and_was_judged() -> None:
-    report = check_all(History.of(GOOD), required=INVARIANTS[:-1])
+    report = check_all(History.of(GOOD), required=[*INVARIANTS[:-2], *LEVELS])
     assert report.ok, str(report)
     assert all(report.judged.values())
 
@@ -353,112 +273,3 @@ def test_a_history_file_says_the_same(tmp_path: Any) -> None:
     (tmp_path / "h.jsonl").write_text('{"event": "Origin"}\n{"event": "Nonsense"}\n')
     with pytest.raises(ValueError, match="line 2"):
         History.load(tmp_path / "h.jsonl")
-
-
-class Dictionary:
-    """A right collection in one dictionary, with the calls of a Collection."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, Any] = {}
-        self.end, self.lock = 0, threading.Lock()
-
-    def upsert(self, rows: list[dict[str, Any]], **_: Any) -> Any:
-        acks = []
-        with self.lock:
-            for row in rows:
-                attributes = {**{k: v for k, v in row.items() if k != "id"}, "absent": None}
-                self.rows[row["id"]] = SimpleNamespace(
-                    id=row["id"], topic_partition=0, offset=self.end, cell=0, score=1.0, attributes=attributes
-                )
-                acks.append((row["id"], 0, self.end))
-                self.end += 1
-        return SimpleNamespace(acks=tuple(acks))
-
-    def delete(self, ids: list[int], **_: Any) -> Any:
-        with self.lock:
-            acks = tuple((id, 0, self.end + i) for i, id in enumerate(ids))
-            self.end += len(ids)
-            for id in ids:
-                self.rows.pop(id, None)
-        return SimpleNamespace(acks=acks)
-
-    def get(self, ids: list[int], **options: Any) -> Any:
-        if options.get("deadline") == 0:
-            raise ConsistencyTimeout("offset 5 of topic partition 0 was missing")
-        return [self.rows.get(id) for id in ids]
-
-    def search(self, query: str | list[str], **_: Any) -> Any:
-        return [self.rows_now()] * len(query) if isinstance(query, list) else self.rows_now()
-
-    def rows_now(self) -> Any:
-        class Hits(list[Any]):
-            offsets: dict[int, int]
-
-        with self.lock:
-            hits = Hits(self.rows.values())
-            hits.offsets = {0: self.end}
-        return hits
-
-    def scan(self, worker: str = "") -> Any:
-        return list(self.rows.values())
-
-    def status(self) -> dict[str, Any]:
-        return {"workers": [{"address": "w", "watermarks": {0: self.end}, "state": "active"}]}
-
-    def verify(self) -> Any:
-        return SimpleNamespace(ok=True, differences=[])
-
-
-def test_the_recorder_notes_a_run_of_several_threads(tmp_path: Any) -> None:
-    recorder, store = Recorder(seed=3, command="pytest here"), Dictionary()
-
-    def client(name: int) -> None:
-        mine = recorder.wrap(store, f"client {name}")
-        for turn in range(10):
-            mine.upsert([{"id": name, "price": turn}, {"id": name, "price": turn + 0.5}], wait="searchable")
-            mine.get([name, 99])
-            mine.search(["a", "b"], exhaustive=True)
-            if turn % 3 == 0:
-                mine.delete([name])
-
-    threads = [threading.Thread(target=client, args=(name,)) for name in range(3)]
-    with recorder.sampling(store, lambda: {0: 0}, every=0.001), recorder.fault("nothing"):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    recorder.sample(store, lambda: {0: store.end})
-    with pytest.raises(ConsistencyTimeout):
-        recorder.wrap(store).get([1], deadline=0)
-    recorder.wrap(store, "last").upsert([{"id": 50, "price": 1}])
-    recorder.final_state(store, replicas=1)
-    recorder.save(tmp_path / "run.jsonl")
-    report = check_all(History.load(tmp_path / "run.jsonl"))
-    assert report.ok, str(report)
-    assert report.figures["failed_reads"] == 1
-    assert report.figures["fault_count"] == 60
-    store.rows[50].attributes["price"] = 2
-    recorder.final_state(store, replicas=1)
-    store.rows.pop(50)
-    recorder.wrap(store, "last").get([50])
-    assert {v.invariant for v in check_all(recorder.history()).violations} == {"I2", "promise"}
-
-
-def test_a_write_that_failed_is_noted_as_unsure() -> None:
-    class Broken(Dictionary):
-        def upsert(self, rows: list[dict[str, Any]], **options: Any) -> Any:
-            super().upsert(rows[:1])
-            raise ConsistencyTimeout("no answer")
-
-    recorder, store = Recorder(), Broken()
-    with pytest.raises(ConsistencyTimeout):
-        recorder.wrap(store).upsert([{"id": 1}, {"id": 2}])
-    assert [e.acked_at for e in recorder.history().events if isinstance(e, Produced)] == [None, None]
-    recorder.final_state(store)
-    assert check_all(recorder.history()).ok is False  # nothing is known to be there: not enough to judge by
-    assert not invariants(list(recorder.history().events), required=())
-
-
-def test_a_value_digest_ignores_what_storage_may_change() -> None:
-    assert value_digest({"id": 1, "a": 1, "b": None, "vector": [1]}) == value_digest({"a": 1.0, "c": float("nan")})
-    assert len({value_digest({"a": value}) for value in (1, True, "1", 2)}) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from headrace.cluster.state import CollectionSpec
 from headrace.gpu.errors import ConfigError, HeadraceError, RecordError
 from headrace.pipeline.arguments import check_ids, seconds
 from headrace.pipeline.queries import texts_in, vectors_in
-from headrace.pipeline.results import bounded
+from headrace.pipeline.results import Hit, Hits, bounded
 from headrace.streams.broker import EmbeddedBroker
+from headrace.streams.encode import encode_binary, encode_json
 
 
 @pytest.mark.parametrize("wrong", ["5", 0, -1, float("nan"), float("inf"), True, [1]])
@@ -71,6 +73,17 @@ def test_a_number_of_workers_that_cannot_be(workers: Any) -> None:
         headrace.connect(workers=workers)
 
 
+@pytest.mark.parametrize("given", [{"workers": 2}, {"processes": True}, {"dashboard": ":0"}, {"port": 8786}])
+def test_what_only_a_cluster_that_is_started_can_be_told(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(given))}=.* runs already"):
+        headrace.connect("tcp://127.0.0.1:1", **given)
+
+
+async def test_nor_can_an_asynchronous_one() -> None:
+    with pytest.raises(ConfigError, match="workers=3"):
+        await headrace.connect_async("tcp://127.0.0.1:1", workers=3)
+
+
 async def test_an_asynchronous_connection_can_be_entered(db: headrace.Database) -> None:
     async with headrace.connect_async(db.address) as entered:
         awaited = await headrace.connect_async(db.address)
@@ -88,10 +101,17 @@ def test_a_closed_connection_says_so(db: headrace.Database) -> None:
 SPECS: dict[str, dict[str, Any]] = {
     "name, a number": {"name": 5},
     "name, a dot alone": {"name": "."},
+    "name, too long": {"name": "n" * 250},
     "cells, too many": {"cells": 10**8},
     "replicas, too many": {"replicas": 100},
     "attributes, a list": {"attributes": ["a"]},
     "attributes, no such kind": {"attributes": {"a": "date"}},
+    "attributes, a number": {"attributes": {1: "int"}},
+    "attributes, no name": {"attributes": {"": "int"}},
+    "attributes, half a character": {"attributes": {"\ud800": "int"}},
+    "attributes, the id": {"attributes": {"id": "str"}},
+    "attributes, the vector": {"attributes": {"vector": "float"}},
+    "attributes, a text that is none": {"attributes": {"text": "int"}},
     "dim, a text": {"dim": "4"},
 }
 
@@ -123,10 +143,18 @@ WRONG: dict[str, Callable[[Any], object]] = {
         [{"id": "a", "vector": [1, 2], "n": 1}, {"id": "b", "vector": [1, 2], "n": "one"}]
     ),
     "upsert, beyond int64": lambda docs: docs.upsert([{"id": "a", "vector": [1, 2], "n": 2**70}]),
+    "delete, beyond int64": lambda docs: docs.delete([2**70]),
     "scan, no such worker": lambda docs: list(docs.scan(worker="x")),
     "verify, deadline": lambda docs: docs.verify(deadline="x"),
     "ingest, no broker": lambda docs: docs.ingest("", "arguments"),
     "ingest, a number": lambda docs: docs.ingest(9092, "arguments"),
+    "ingest, a topic that is a number": lambda docs: docs.ingest("localhost:9092", 5),
+    "upsert, texts for numbers": lambda docs: docs.upsert([{"id": "a", "vector": ["1", "2"]}]),
+    "upsert, truths for numbers": lambda docs: docs.upsert([{"id": "a", "vector": [True, False]}]),
+    "upsert, complex numbers": lambda docs: docs.upsert([{"id": "a", "vector": np.array([1j, 2])}]),
+    "upsert, two columns of a name": lambda docs: docs.upsert(
+        pd.DataFrame([["a", [1.0, 2.0], 1, 2]], columns=["id", "vector", "z", "z"])
+    ),
 }
 
 
@@ -157,6 +185,52 @@ def test_large_numbers_have_a_direction_too() -> None:
     np.testing.assert_allclose(vectors, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
     with pytest.raises(RecordError, match="overflows"):
         vectors_in([3e38, 3e38], CollectionSpec("docs", dim=2, metric="l2"))
+
+
+def test_complex_numbers_are_no_query() -> None:
+    for query in (np.array([1j, 2]), [1 + 2j, 0]):
+        with pytest.raises(RecordError, match="complex"):
+            vectors_in(query, CollectionSpec("docs", dim=2))
+
+
+def test_other_things_that_are_no_query() -> None:
+    spec = CollectionSpec("docs", 2, "cosine", None, 1, 1, "string")
+    for query in (
+        [True, False],
+        [True, 1.0],
+        np.array(["1", "2"]),
+        np.array([1, 2], dtype="m8[s]"),
+        [[1, 2], ["3", "4"]],
+    ):
+        with pytest.raises(RecordError, match="real numbers"):
+            vectors_in(query, spec)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["1", "2"], [True, False], [True, 1.0], [1j, 2], [1, "2"], np.array([1, True], object)]
+)
+def test_vectors_that_are_not_made_of_numbers(wrong: Any) -> None:
+    for encode in (encode_json, encode_binary):
+        with pytest.raises(RecordError, match="not made of numbers"):
+            encode("a", vector=wrong)
+
+
+@pytest.mark.parametrize(
+    "good", [[1, 2.0], (1, 2), np.array([1, 2]), np.array([1, 2.0], object), [np.float16(1), Decimal(2)]]
+)
+def test_vectors_that_are(good: Any) -> None:
+    assert np.frombuffer(encode_binary("a", good)[1], "<f4").tolist() == [1, 2]
+
+
+def test_no_hits_have_columns_too() -> None:
+    assert list(Hits([], {}).to_pandas().columns) == ["id", "score"]
+    assert Hits([Hit("a", 0.5, {"n": 1}, 0, 0)], {}).to_pandas().to_dict("records") == [
+        {"id": "a", "score": 0.5, "n": 1}
+    ]
+
+
+def test_a_limit_may_be_any_integer(docs: headrace.Collection) -> None:
+    assert docs.search([1, 2], limit=np.int64(3)) == docs.search([1, 2], limit=3)
 
 
 def test_a_text_that_is_none() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import dask.config
 import numpy as np
 import pytest
 
 from headrace.gpu.errors import ConfigError
-from headrace.pipeline import cli, cli_bench, cli_common, cli_records, config
+from headrace.pipeline import cli, cli_bench, cli_cluster, cli_common, cli_records, config
 from headrace.pipeline.cli_bench import benchmarks
+from headrace.pipeline.cli_cluster import _recall
 from headrace.streams.broker import EmbeddedBroker
 from headrace.streams.topics import Offsets
 
@@ -41,7 +45,7 @@ def sentence(capture: Capture) -> str:
 
 
 def test_the_commands_are_there() -> None:
-    known = "bench create demo drain drop ingest produce scheduler search status up verify worker"
+    known = "bench create demo drain drop ingest produce restore scheduler search snapshot status up verify worker"
     assert known.split() == COMMANDS
 
 
@@ -101,13 +105,53 @@ def test_a_scheduler_that_is_not_there(
 
 def test_debug_shows_the_traceback(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = ["search", "docs", "x", "--consistency", "soon"]
-    assert cli.main(wrong) == 1
+    assert cli.main(wrong) == 2
     assert "'soon'" in sentence(capsys)
-    assert cli.main([*wrong, "--debug"]) == 1
+    assert cli.main([*wrong, "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("HEADRACE_DEBUG", "1")
-    assert cli.main(wrong) == 1
+    assert cli.main(wrong) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("search docs x --consistency strongg", "strongg"),
+        ("search docs x --recall-target 2", "recall_target=2"),
+        ("create docs --dim 3 --recall-target 2", "recall_target=2"),
+        ("create docs:new --dim 3", "docs:new"),
+        ("create docs", "--dim"),
+        ("create docs --dim 99999", "99999"),
+        ("status --cluster nonsense", "nonsense"),
+        ("drain tcp://127.0.0.1:1 --deadline 0", "--deadline"),
+    ],
+)
+def test_what_was_typed_wrong_is_told_before_anybody_is_asked(arguments: str, named: str, capsys: Capture) -> None:
+    assert cli.main(arguments.split()) == 2
+    assert named in sentence(capsys)
+
+
+def test_a_question_that_nobody_answers_names_the_option(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cluster:
+        dropped: ClassVar[list[str]] = []
+
+        def collection(self, name: str) -> Any:
+            return SimpleNamespace(status=lambda: {"rows": 7})
+
+        def drop_collection(self, name: str) -> None:
+            self.dropped.append(name)
+
+    @contextmanager
+    def connected(_: str) -> Iterator[Cluster]:
+        yield Cluster()
+
+    monkeypatch.setattr(cli_cluster, "connected", connected)
+    for answer, code in (("", 2), ("n\n", 130), ("y\n", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        assert cli.main(["drop", "docs"]) == code
+        assert ("--yes" in capsys.readouterr().err) == (code == 2)
+        assert Cluster.dropped == ["docs"] * (code == 0)
 
 
 def test_ctrl_c_is_quiet(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +241,31 @@ def test_bad_lines_are_told_by_number_and_the_others_go_on(
     assert (report["written"], report["refused"]) == (2, 5)
     told = captured.err.splitlines()
     assert [line.partition(" was refused")[0] for line in told] == [f"headrace: line {n}" for n in (2, 4, 5, 6, 7)]
-    for line, reason in zip(told, ["not JSON", "JSON list", "no field 'id'", "neither", "nested"], strict=True):
+    for line, reason in zip(told, ["not JSON", "an array", "no field 'id'", "neither", "nested"], strict=True):
         assert reason in line
     assert sum(Offsets(broker.bootstrap, topic).latest().values()) == 2
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_numbers_that_no_column_holds_are_refused_with_their_line(
+    broker: EmbeddedBroker, topic: str, tmp_path: Path, capsys: Capture, binary: bool
+) -> None:
+    """What the producer lets through is what the workers take: here the limits are those of int64."""
+    good = [{"id": "max", "n": 2**63 - 1}, {"id": "min", "n": -(2**63)}, {"id": 2**63 - 1}]
+    bad = [{"id": "a", "n": 2**63}, {"id": "b", "n": -(2**63) - 1}, {"id": "c", "n": 10**30}, {"id": 2**64}]
+    rows = [{"vector": [1, 2], **row} for row in [*good, *bad]]
+    double = '{"id": "d", "vector": [1, 2], "n": 1, "n": 2}'
+    arguments = ["produce", topic, written(tmp_path / "f", *rows, double), "--broker", broker.bootstrap, "--json"]
+    assert cli.main([*arguments, *(["--binary"] if binary else [])]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["written"] == len(good)
+    told = captured.err.splitlines()
+    assert [line.partition(" was refused")[0] for line in told] == [f"headrace: line {n}" for n in (4, 5, 6, 7, 8)]
+    for line, what in zip(told, ["attribute 'n'", "attribute 'n'", "attribute 'n'", f"id {2**64}"], strict=False):
+        assert f"{what}" in line
+        assert "beyond the range of int64 (-9223372036854775808 to 9223372036854775807)" in line
+    assert str(10**30) in told[2], "the number as it was written"
+    assert "duplicate key" in told[4]
 
 
 def test_a_line_too_large_for_kafka_is_refused_by_itself(
@@ -238,6 +304,16 @@ def test_a_line_without_a_vector_cannot_be_binary() -> None:
         cli_records._record(b'{"id": "a", "text": "x"}', "id", True, False)
 
 
+def test_create_partitions_says_what_an_embedded_broker_cannot_do(
+    broker: EmbeddedBroker, tmp_path: Path, capsys: Capture
+) -> None:
+    file = written(tmp_path / "f", {"id": "a", "text": "x"})
+    assert cli.main(["produce", "not-there", file, "--broker", broker.bootstrap, "--create-partitions", "3"]) == 1
+    told = capsys.readouterr().err
+    assert "embedded broker" in told
+    assert "broker.create_topic('not-there', 3)" in told
+
+
 def test_create_partitions_refuses_another_number(
     broker: EmbeddedBroker, topic: str, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -264,6 +340,17 @@ def test_a_query_is_a_text_or_a_vector() -> None:
     assert cli_records._query("red shoes") == "red shoes"
     assert cli_records._query("[draft] red shoes") == "[draft] red shoes"
     np.testing.assert_array_equal(cli_records._query("[1, 2.5]"), np.array([1, 2.5], dtype=np.float32))
+    assert cli_records._query('["red", "shoes"]') == '["red", "shoes"]'
+    assert cli_records._query("[[1, 2], [3]]") == "[[1, 2], [3]]"
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["table", "json"])
+def test_several_vectors_at_once_are_refused(as_json: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "points", "[[1, 2, 3], [3, 4, 5]]", *as_json]) == 2
+    assert "of shape (2, 3): give one vector" in capsys.readouterr().err
+    assert np.isnan(cli_records._query("[NaN, 1]")[0])  # a vector, which the client refuses
+    assert cli_records._query("[1e39, 1]")[0] == 1e39
+    assert cli_records._query("[" * 100_000) == "[" * 100_000
 
 
 def test_waiting_counts_what_the_slowest_worker_lacks() -> None:
@@ -300,3 +387,14 @@ def test_benchmarks_are_found_by_name(tmp_path: Path, capsys: Capture, monkeypat
 def test_without_the_source_tree_there_are_no_benchmarks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="source tree"):
         benchmarks(tmp_path / "benchmarks")
+
+
+def test_the_recall_of_a_workers_segments_in_one_cell_of_the_table() -> None:
+    walked = {"index": "graph", "recall": 0.961, "effort": 24, "reached": 1.0}
+    better = {**walked, "recall": 0.98}
+    scanned = {"index": "ivf_pq", "recall": 1.0, "effort": None, "reached": 0.8}
+    growing = {"index": "exact", "recall": 1.0, "effort": None, "reached": 1.0}
+    assert _recall([better, walked, growing]) == "0.961"
+    assert _recall([walked, scanned, scanned]) == "0.961, 2 exact"
+    assert _recall([scanned]) == "1 exact"
+    assert _recall([growing]) == _recall([]) == "exact"

@@ -131,6 +131,21 @@ def test_a_misspelt_option_is_an_error_with_the_nearest_one(written: str, meant:
         config.get(written)
 
 
+def test_what_may_be_secret_is_not_shown() -> None:
+    for key in ("snapshots.options.secret", "kafka.sasl.password"):
+        with dask.config.set({f"headrace.{key}": ["hush"]}), pytest.raises(ConfigError) as refused:
+            config.check()
+        assert key in str(refused.value)
+        assert "hush" not in str(refused.value)
+
+
+def test_options_of_a_place_keep_their_sections() -> None:
+    options = {"key": "me", "client_kwargs": {"endpoint_url": "http://x:9000"}}
+    with dask.config.set({"headrace.snapshots.options": options}):
+        config.check()
+        assert config.snapshot_options() == options
+
+
 def test_a_section_that_is_a_value() -> None:
     with dask.config.set({"headrace.ingest": 5}), pytest.raises(ConfigError, match=r"headrace\.ingest is 5"):
         config.check()

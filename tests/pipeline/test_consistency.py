@@ -63,7 +63,7 @@ def nothing_applied(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None
         yield
 
 
-def promptly(read: Callable[[], Any], seconds: float = 1.0) -> Any:
+def promptly(read: Callable[[], Any], seconds: float = 3.0) -> Any:
     started = time.monotonic()
     answer = read()
     assert time.monotonic() - started < seconds, "it waited"

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.gpu.errors import BackendError, ConfigError
+from headrace.pipeline import cli, demo
+from headrace.pipeline.cli_common import Session
 from headrace.pipeline.demo import Options, run
 from headrace.pipeline.demo_checks import Difference, Expected, Seen, compare, exact_scores, percentiles, recall
+from headrace.pipeline.demo_display import _rows
 from headrace.pipeline.demo_stream import MOST, Ledger, Pacer, applied
 from headrace.pipeline.results import Write
 
@@ -173,6 +178,56 @@ def test_applied_is_what_the_slowest_copy_has() -> None:
     ]
     assert applied({"workers": workers}) == 5
     assert applied({"workers": []}) == 0
+
+
+# -- what is refused before anything is started ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """The options that the demo would have been run with."""
+    begun: list[Options] = []
+    monkeypatch.setattr(demo, "run", lambda options: begun.append(options) or 0)
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--copies", "3"], "3 copies cannot be on 2 workers"),
+        (["--workers", "1", "--copies", "2"], "2 copies cannot be on 1 workers"),
+        (["--workers", "100000"], "100000 workers are too many"),
+        (["--json", "nowhere/report.json"], "name a file in a folder that is there"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(nothing_starts: list[Options], arguments: list[str], told: str) -> None:
+    result = CliRunner().invoke(cli.commands, ["demo", *arguments], obj=Session())
+    assert (result.exit_code, told in result.output) == (2, True), result.output
+    assert not nothing_starts
+    with pytest.raises(ConfigError, match="copies cannot be"):
+        run(Options(workers=1, copies=2))
+
+
+@pytest.mark.parametrize(("workers", "copies"), [("1", 1), ("2", 2), ("3", 2)])
+def test_as_many_copies_as_there_can_be(nothing_starts: list[Options], workers: str, copies: int) -> None:
+    assert CliRunner().invoke(cli.commands, ["demo", "--workers", workers], obj=Session()).exit_code == 0
+    assert [options.copies for options in nothing_starts] == [copies]
+
+
+def test_a_backend_that_is_not_there_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise BackendError(f"{name} is not here")
+
+    monkeypatch.setattr("headrace.gpu.backend.resolve", missing)
+    monkeypatch.setattr(demo, "_read", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(BackendError, match="rapids is not here"):
+        run(Options(backend="rapids"))
+
+
+def test_a_single_copy_is_not_said_to_agree_with_others() -> None:
+    assert dict(_rows({"verify": True, "copies": 2}))["verify"] == "all copies agree"
+    assert dict(_rows({"verify": True, "copies": 1}))["verify"] == "one copy, nothing to compare it with"
+    assert dict(_rows({"verify": False, "copies": 2}))["verify"] == "COPIES DIFFER"
 
 
 @pytest.mark.slow

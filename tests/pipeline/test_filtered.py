@@ -210,7 +210,7 @@ class TestCommandLine:
         assert cli.main([*asked, "--cluster", db.address]) == 0
         assert "ivf_pq" in capsys.readouterr().out
         db.drop_collection(topic)
-        assert cli.main(["create", topic, "--dim", "16", "--recall-target", "3", "--cluster", db.address]) == 1
+        assert cli.main(["create", topic, "--dim", "16", "--recall-target", "3", "--cluster", db.address]) == 2
         assert "recall_target=3.0" in capsys.readouterr().err
 
 
@@ -220,7 +220,8 @@ class TestRouter:
     @staticmethod
     def router(learnt: str, asked: list[str]) -> Router:
         """A column is known from the first call of `learnt` on; what is called goes into `asked`."""
-        state = CollectionState(CollectionSpec("docs", DIM), first_codebook(DIM), epoch=3, members={"w": "active"})
+        spec, held = CollectionSpec("docs", DIM), {0: ("w",)}
+        state = CollectionState(spec, first_codebook(DIM), epoch=3, members={"w": "active"}, copies=held, serving=held)
 
         async def call(address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
             asked.append(op)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
-from headrace.gpu.errors import ClusterError, CollectionNotFound
+from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
+from headrace.gpu.errors import BrokerError, ClusterError, CollectionNotFound, ConsistencyTimeout
 from headrace.pipeline import reads
+from headrace.pipeline.node import HeadraceWorker
 from headrace.pipeline.reads import Router
 
 A, B = "tcp://10.0.0.1:4000", "tcp://10.0.0.2:4000"
@@ -116,6 +118,74 @@ async def test_who_waits_for_all_copies_does_not_wait_for_one_that_has_left(
     assert not waiting.done(), "it is a copy that is read"
     cluster.state = cluster.of(B, epoch=4)
     await asyncio.wait_for(waiting, 2.0)
+
+
+async def test_who_waits_for_all_copies_waits_for_one_where_there_is_none() -> None:
+    """All workers hang and have left the placement: what was written cannot be searched."""
+    cluster = Cluster()
+    cluster.state = cluster.of()
+    router = cluster.router()
+    with pytest.raises(ConsistencyTimeout, match="no copy that can be read"):
+        await router.wait_everywhere({0: 5}, 0.05)
+    waiting = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    cluster.state = cluster.of(B, epoch=4)
+    await asyncio.wait_for(waiting, 20.0)
+    assert (B, "wait") in cluster.asked
+
+
+async def test_who_waits_for_all_copies_is_not_content_when_the_last_one_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reads, "_STATE_AGE", 0.02)
+    cluster = Cluster()
+    router = cluster.router()
+    cluster.hangs |= {A, B}
+    waiting = asyncio.ensure_future(router.wait_everywhere({0: 5}, 1.0))
+    await asyncio.sleep(0.05)
+    cluster.state = cluster.of(epoch=4)
+    with pytest.raises(ConsistencyTimeout, match="no copy that can be read"):
+        await waiting
+
+
+@pytest.mark.parametrize("required", [{}, {0: 5}], ids=["none", "some"])
+async def test_a_deadline_that_passes_is_said_to_have_passed(required: dict[int, int]) -> None:
+    cluster = Cluster()
+    cluster.hangs |= {A, B}
+    router = cluster.router()
+    with pytest.raises(ConsistencyTimeout, match=r"a copy that answered 'get' within 0\.\d+ s: .* did not answer"):
+        await router.ask_cover("get", 0.1, required)
+    with pytest.raises(ConsistencyTimeout, match="no worker answered 'encode' within"):
+        await router.ask_any("encode", 0.1)
+    with pytest.raises(ConsistencyTimeout, match="had applied what was asked for within"):
+        await router.wait_everywhere(required, 0.1)
+
+
+async def test_kafka_is_named_where_it_is_kafka_that_hangs() -> None:
+    """The worker gives up on it before the reader gives up on the worker."""
+
+    class Ends:
+        async def known(self, max_age: float) -> dict[int, int]:
+            await asyncio.sleep(FOREVER)
+            return {}
+
+    source = Source("broker:9092", "docs", 1, "json", {})
+    worker: Any = SimpleNamespace(
+        replica=lambda name: SimpleNamespace(state=SimpleNamespace(source=source)), _ends={"docs": (source, Ends())}
+    )
+    cluster = Cluster()
+
+    async def call(address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        if op != "offsets":
+            return await cluster.call(address, op, deadline=deadline, **message)
+        assert message["deadline_s"] < deadline
+        async with asyncio.timeout(20.0):
+            return await HeadraceWorker.on_offsets(worker, **message)
+
+    with pytest.raises(ConsistencyTimeout, match=r"Kafka \(broker:9092\) did not say within 0\.4 s") as caught:
+        await Router("docs", call, "scheduler").required("strong", {}, 0.5)
+    assert isinstance(caught.value.__cause__, BrokerError)
 
 
 async def test_all_that_wait_for_a_worker_that_hangs_go_on_with_another() -> None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.rapids_api
 
 pytest.importorskip("cuvs", reason="the RAPIDS wheels are not installed")
 
-from headrace.gpu import archive  # noqa: E402
+from headrace.gpu import archive, filtered, ranking  # noqa: E402
 from headrace.gpu.errors import BackendError  # noqa: E402
 from headrace.gpu.host import exact as truth  # noqa: E402
 from headrace.gpu.index_spec import DTYPES, KINDS, IndexSpec, build_params  # noqa: E402
@@ -114,6 +114,26 @@ def test_float16_rows_are_scored_in_blocks(
         np.testing.assert_array_equal(got[1], wanted[1])
 
 
+def test_only_where_rounding_may_decide_is_every_row_measured(
+    rapids: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    measure = ranking.measure
+
+    def noted(xp: Any, vectors: Any, allowed: Any, queries: Any, k: int) -> Any:
+        measured.append(len(queries))
+        return measure(xp, vectors, allowed, queries, k)
+
+    monkeypatch.setattr(ranking, "measure", noted)
+    for mean, wanted in ((0, []), (1000, [7])):
+        vectors = rows(N, 32) + np.float32(mean)
+        _, found = twin("rapids", "exact").search(vectors, None, vectors[:7], 10, "l2")
+        wide = vectors.astype(np.float64)
+        best = [np.argsort(((wide - query) ** 2).sum(axis=1))[:10].tolist() for query in wide[:7]]
+        assert found.tolist() == best
+        assert measured == wanted
+
+
 def test_rare_rows_are_gathered(rapids: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     build = stand_ins.BruteForce.build
@@ -170,22 +190,39 @@ def test_the_list_of_candidates_follows_effort_and_share(rapids: SimpleNamespace
     assert module.efforts(index, 100) == (128, 192, 256, 384, 512)
 
 
-def test_the_filter_is_handed_to_cagra(rapids: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    bits = []
+def test_what_is_not_allowed_is_dropped_from_longer_lists(
+    rapids: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
     search = stand_ins.Cagra.search
 
-    def noted(*given: Any, filter: Any, **named: Any) -> Any:
-        bits.append(None if filter is None else filter.parent)
-        return search(*given, filter=filter, **named)
+    def noted(params: Any, index: Any, queries: Any, k: int, **named: Any) -> Any:
+        asked.append((len(queries), k, params.itopk_size, named.get("filter")))
+        return search(params, index, queries, k, **named)
 
     monkeypatch.setattr(rapids.cagra, "search", noted)
     vectors = rows(N, 8)
     module, index = built("graph", vectors, "ip")
-    allowed = np.random.default_rng(1).random(N) < 0.5
-    for given in (allowed, None, np.ones(N, dtype=bool)):
-        module.search(index, given, vectors[:2], 10, effort=64)
-    np.testing.assert_array_equal(np.unpackbits(bits[0].view(np.uint8), bitorder="little")[:N].astype(bool), allowed)
-    assert bits[1:] == [None, None]
+    module.search(index, None, vectors[:2], 10, effort=64)
+    module.search(index, np.ones(N, dtype=bool), vectors[:2], 10, effort=64)
+    module.search(index, np.arange(N) % 2 > 0, vectors[:2], 10, effort=64)
+    assert asked == [(2, 10, 64, None)] * 2 + [(2, filtered.depth(10, N // 2, N), 128, None)]
+    # Only for the query among whose nearest rows too few are allowed is the list made longer.
+    asked.clear()
+    far = truth.search(vectors, None, vectors[:1], N, "ip")[1][0, 60:]
+    allowed = np.isin(np.arange(N), far)
+    queries = np.concatenate([vectors[:1], -vectors[:1]])
+    check(module.search(index, allowed, queries, 10, effort=64), vectors, allowed, queries, 10, "ip")
+    assert [(count, length) for count, _, length, _ in asked] == [(2, 96), (1, 384)]
+
+
+def test_a_list_that_cannot_be_made_longer_ends_in_scoring(rapids: SimpleNamespace) -> None:
+    vectors = rows(N, 8)
+    module, index = built("graph", vectors, "ip")
+    far = truth.search(vectors, None, vectors[:1], N, "ip")[1][0, 1000:]
+    allowed = np.isin(np.arange(N), far)
+    check(module.search(index, allowed, vectors[:1], 10, effort=64), vectors, allowed, vectors[:1], 10, "ip", 0.99)
+    assert [params.itopk_size for params in rapids.cagra.asked] == [96, 384]
 
 
 def test_a_graph_is_never_asked_for_more_links_than_there_are_rows(

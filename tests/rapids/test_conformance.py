@@ -11,10 +11,11 @@ pytestmark = pytest.mark.rapids_api
 pytest.importorskip("cuvs", reason="the RAPIDS wheels are not installed")
 
 from headrace.gpu.backend import Backend  # noqa: E402
-from tests.gpu import test_backend_conformance, test_index_kinds  # noqa: E402
+from tests.gpu import test_backend_conformance, test_far_from_origin, test_filtered, test_index_kinds  # noqa: E402
+from tests.gpu.test_filtered import indexed  # noqa: E402, F401
 from tests.rapids import stand_ins  # noqa: E402
 
-for suite in (test_backend_conformance, test_index_kinds):
+for suite in (test_backend_conformance, test_far_from_origin, test_filtered, test_index_kinds):
     globals().update({name: value for name, value in vars(suite).items() if name.startswith("test_")})
 
 

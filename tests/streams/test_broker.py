@@ -109,7 +109,7 @@ def test_down_and_up():
         cluster.up()
         started = time.monotonic()
         assert producer.flush().offsets == {0: 12}
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
         values = [value for _, _, value, _ in read(cluster.bootstrap, "docs", 0, 0, 12)]
         assert values == [b"before", *(b"%d" % i for i in range(10)), b"last"]
 

@@ -97,13 +97,3 @@ def test_a_log_that_begins_later_is_told_and_accounted_for(broker, topic):
     finally:
         reader.stop()
     assert told.empty()
-
-
-def test_begin_again_reads_all_of_the_log(broker, topic, reading):
-    write(broker, topic, "a", "b", "c")
-    reader, batches = reading(batches_in_flight=99)
-    for _ in range(2):
-        keys = set()
-        while len(keys) < 3:
-            keys |= set(batches.get(timeout=SOON).keys)
-        reader.begin_again()

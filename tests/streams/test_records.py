@@ -140,6 +140,16 @@ def test_bad_vectors_one_by_one():
         assert one(b"k", value, F32) == reason
 
 
+def test_numbers_that_the_collection_cannot_keep():
+    vector = np.full(8, 0.5, dtype=np.float32)
+    vector[3] = -70_000
+    kept = replace(SPEC, metric="l2", largest=65504.0)
+    assert "-70000" not in one(b"k", (vector / 2).tobytes(), F32, spec=kept)
+    refused = one(b"k", vector.tobytes(), F32, spec=kept)
+    assert refused == "the vector has the number 70000, too large for float16: make the collection with float32"
+    assert one(b"k", vector.tobytes(), F32, spec=replace(kept, metric="cosine")) == ""
+
+
 def test_what_only_cosine_refuses():
     for metric in ("ip", "l2"):
         spec = replace(SPEC, metric=metric)
@@ -221,7 +231,7 @@ def test_bad_json(value, reason):
     found = one(b"k", value)
     assert found.startswith(reason)
     assert len(found) < 300, "a reason is for reading"
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5
 
 
 def test_json_that_is_fine():
@@ -478,7 +488,7 @@ def test_keep_last_against_a_dict(records):
         (lambda: encode_json("a", text="t", attributes={"vector": 1}), "'vector'"),
         (lambda: encode_json("a", text="t", attributes={"x": [1]}), "list [1]"),
         (lambda: encode_json("a", text="t", attributes={"x": float("nan")}), "None"),
-        (lambda: encode_json("a", text="t", attributes={"x": 2**63}), "64 bits"),
+        (lambda: encode_json("a", text="t", attributes={"x": 2**63}), "beyond the range of int64"),
         (lambda: encode_json("a", text="t", attributes={3: 2}), "named 3"),
         (lambda: encode_binary("a", GOOD, {"id": "b"}), "'id'"),
     ],
