@@ -13,7 +13,7 @@ import pytest
 from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
 from headrace.cluster.wire import floats_to_wire, rows_from_wire
 from headrace.cluster.worker import WorkerNode
-from headrace.gpu.errors import FilterError, StaleEpoch
+from headrace.gpu.errors import ClusterError, FilterError, StaleEpoch
 from headrace.gpu.filters import parse
 from headrace.gpu.rows import Action
 from tests.gpu.batches import DIM, batch_of, vector_of
@@ -131,3 +131,15 @@ async def test_a_record_of_a_newer_state_ends_reads_of_the_older(node: Node) -> 
     answer = await node.on_get("docs", 2, ["r3"], False, [], 1.0)
     assert (answer["applied"], answer["moved"]) == ([[0, 21]], [[0, 21]])
     assert (await asked(node, 3, epoch=2))["moved"] == [[0, 21]]
+
+
+async def test_a_worker_that_ends_does_not_say_that_the_collection_is_gone(node: Node) -> None:
+    """Found while workers were retired under load: a client takes `CollectionNotFound` for the last word."""
+    queries = floats_to_wire(vector_of("r3", 3)[None])
+    waiting = asyncio.ensure_future(node.on_search("docs", 1, queries, 3, [[0, 99]], 9.0))
+    await asyncio.sleep(0)
+    await node.teardown(node.worker)
+    with pytest.raises(ClusterError, match="w is ending"):
+        await waiting
+    with pytest.raises(ClusterError, match="w is ending"):
+        await asked(node, 3)
