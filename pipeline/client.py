@@ -329,7 +329,7 @@ class Collection:
             What the answer must have applied: everything in Kafka now; this client's own writes; everything up to some
             milliseconds ago; or nothing in particular.
         deadline : float, optional
-            Seconds.
+            Seconds. The error comes up to half a second later, since a worker is given the time to say what is missing.
 
         Returns
         -------
@@ -399,7 +399,11 @@ class Collection:
             yield from found
 
     def status(self) -> dict[str, Any]:
-        """State, rows, copies, ingest figures, alarms."""
+        """State, rows, copies, ingest figures, alarms.
+
+        Counters of ``ingest`` (records, deletes, batches, foreign, dead letters) begin at 0 with each reader of a topic
+        partition: after a worker has died or moved they count from then on.
+        """
         return self._sync(self._async.status)  # type: ignore[no-any-return]
 
     def snapshot(

@@ -121,15 +121,22 @@ class Hits(list[Hit]):
         self.offsets = dict(offsets)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per hit: ``id``, ``score`` and a column for each attribute."""
+        """One row per hit: ``id``, ``score`` and a column for each attribute; an attribute of one of these two names
+        stands as ``attributes.id`` or ``attributes.score``, as `pandas.json_normalize` would call it.
+        """
         import pandas as pd
 
-        rows = [{"id": hit.id, "score": hit.score, **hit.attributes} for hit in self]
+        rows = [{"id": hit.id, "score": hit.score, **dict(map(_column, hit.attributes.items()))} for hit in self]
         return pd.DataFrame(rows, columns=None if rows else ["id", "score"])
 
     def __repr__(self) -> str:
         lines = (f"  {hit.score:.3f}  {hit.id}" for hit in self)
         return "\n".join([f"{len(self)} hits", *lines])
+
+
+def _column(attribute: tuple[str, Any]) -> tuple[str, Any]:
+    name, value = attribute
+    return (f"attributes.{name}" if name in ("id", "score") else name), value
 
 
 @dataclass(frozen=True, slots=True)

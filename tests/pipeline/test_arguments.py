@@ -229,6 +229,13 @@ def test_no_hits_have_columns_too() -> None:
     ]
 
 
+def test_an_attribute_called_score_does_not_hide_the_score() -> None:
+    hit = Hit("a", 0.5, {"score": 3, "id": "x"}, 0, 0)
+    assert Hits([hit], {}).to_pandas().to_dict("records") == [
+        {"id": "a", "score": 0.5, "attributes.score": 3, "attributes.id": "x"}
+    ]
+
+
 def test_a_limit_may_be_any_integer(docs: headrace.Collection) -> None:
     assert docs.search([1, 2], limit=np.int64(3)) == docs.search([1, 2], limit=3)
 
