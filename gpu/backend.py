@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from headrace.gpu.errors import BackendError
+from headrace.gpu.growing_vectors import GrowingVectors
 from headrace.gpu.index_spec import KINDS, BuildParams
 from headrace.gpu.nearest import Nearest
 
@@ -26,6 +27,7 @@ __all__ = [
     "Backend",
     "Exact",
     "Frames",
+    "GrowingKind",
     "IndexKind",
     "KMeans",
     "Memory",
@@ -143,6 +145,22 @@ class Exact(Protocol):
         """
 
 
+class GrowingKind(Protocol):
+    """How vectors are kept that no index is built for yet."""
+
+    def vectors(self, dim: int, dtype: str, metric: str, expected: int) -> GrowingVectors:
+        """An empty buffer of vectors, searched exactly.
+
+        Parameters
+        ----------
+        dim : int
+        dtype : {"float32", "float16"}
+        metric : one of `METRICS`
+        expected : int
+            Rows that will probably come.
+        """
+
+
 class IndexKind(Protocol):
     """One kind of index over rows that will never change; the kinds are those of `headrace.gpu.index_spec.KINDS`."""
 
@@ -226,7 +244,7 @@ class Backend:
     name : {"host", "rapids"}
     xp : module
         numpy or cupy.
-    frames, kmeans, exact, memory
+    frames, kmeans, exact, growing, memory
         The twin modules; each satisfies the Protocol of its name.
     kinds : mapping of str to IndexKind
         The twin modules of `headrace.gpu.index_spec.KINDS`, by name.
@@ -237,6 +255,7 @@ class Backend:
     frames: Frames
     kmeans: KMeans
     exact: Exact
+    growing: GrowingKind
     memory: Memory
     kinds: Mapping[str, IndexKind]
 
@@ -275,6 +294,7 @@ def resolve(name: str = "auto") -> Backend:
         frames=twin("frames"),
         kmeans=twin("kmeans"),
         exact=twin("exact"),
+        growing=twin("growing"),
         memory=twin("memory"),
         kinds={kind: twin(kind) for kind in KINDS},
     )

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.gpu.backend import Array, Backend
-from headrace.gpu.buffers import Buffer
 from headrace.gpu.calibrate import EXACT, Calibration
 from headrace.gpu.columns import Columns
 from headrace.gpu.ids import IdColumn
@@ -88,11 +87,10 @@ class Growing(Segment):
 
     def __init__(self, backend: Backend, dim: int, metric: str, dtype: str, ids: str, expected: int) -> None:
         super().__init__()
-        self._backend, self._metric = backend, metric
         self.ids = IdColumn(ids)
         self.columns = Columns(backend.xp)
         self._versions = VersionBuffer(expected)
-        self._vectors = Buffer(backend.xp, dtype, (dim,), expected=expected)
+        self._vectors = backend.growing.vectors(dim, dtype, metric, expected)
 
     def __len__(self) -> int:
         return len(self._vectors)
@@ -120,7 +118,7 @@ class Growing(Segment):
         self.columns.append(attributes, len(ids))
         self.ids.append(ids, hashes)
         self._versions.append(versions)
-        self._vectors.append(self._backend.xp.asarray(vectors))
+        self._vectors.append(vectors)
         return first
 
     def growth(self, ids: Sequence[Id], attributes: Mapping[str, Sequence[Any]]) -> int:
@@ -132,11 +130,10 @@ class Growing(Segment):
     def search(
         self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
     ) -> tuple[Array, Array]:
-        return self._backend.exact.search(self._vectors.first(rows), allowed, queries, k, self._metric)
+        return self._vectors.search(allowed, queries, k, rows)
 
     def vectors_of(self, rows: npt.NDArray[np.int64]) -> Array:
-        xp = self._backend.xp
-        return self._vectors.take(xp.asarray(rows)).astype(xp.float32, copy=False)
+        return self._vectors.take(rows)
 
     def nbytes(self) -> dict[str, int]:
         return {"vectors": self._vectors.nbytes, "versions": self._versions.nbytes, **super().nbytes()}

@@ -37,6 +37,7 @@ faiss: Any = typed_faiss
 
 _Floats = npt.NDArray[np.float32]
 _Kept = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+_Octets = npt.NDArray[np.uint8]
 _Ints = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 
@@ -85,8 +86,10 @@ def keep(vectors: _Kept, metric: str) -> Any:
     return index
 
 
-def over(vectors: _Kept, metric: str) -> Any:
-    """As `keep`, over the array itself, which must outlive the index; takes 10 µs whatever its size."""
+def over(vectors: _Kept | _Octets, metric: str) -> Any:
+    """As `keep`, over the array itself, which must outlive the index; takes 10 µs whatever its size. An octet stands
+    for itself less 128.
+    """
     octets = np.ascontiguousarray(vectors).view(np.uint8).reshape(-1)
     index = _empty(vectors, metric)
     index.codes = faiss.MaybeOwnedVectorUInt8.create_view(faiss.swig_ptr(octets), octets.size, index.codes.owner)
@@ -95,10 +98,11 @@ def over(vectors: _Kept, metric: str) -> Any:
     return index
 
 
-def _empty(vectors: _Kept, metric: str) -> Any:
-    dim = vectors.shape[1]
-    if vectors.dtype == np.float16:
-        return faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss_metric(metric))
+def _empty(vectors: _Kept | _Octets, metric: str) -> Any:
+    dim, quantizer = vectors.shape[1], faiss.ScalarQuantizer
+    if vectors.dtype != np.float32:
+        kind = quantizer.QT_fp16 if vectors.dtype == np.float16 else quantizer.QT_8bit_direct_signed
+        return faiss.IndexScalarQuantizer(dim, kind, faiss_metric(metric))
     return faiss.IndexFlat(dim, faiss_metric(metric))
 
 

@@ -430,7 +430,7 @@ def install(patch: Any) -> SimpleNamespace:
 
 def backend() -> Backend:
     """The RAPIDS backend as `headrace.gpu.backend.resolve` would return it, over what `install` has put in place."""
-    parts = ("frames", "kmeans", "exact", "memory", *KINDS)
+    parts = ("frames", "kmeans", "exact", "growing", "memory", *KINDS)
     twins = {part: importlib.import_module(f"headrace.gpu.rapids.{part}") for part in parts}
     kinds = {kind: twins.pop(kind) for kind in KINDS}
     return Backend(name="rapids", xp=np, kinds=kinds, **twins)

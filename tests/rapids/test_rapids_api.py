@@ -30,6 +30,7 @@ PARTS = {
     "frames": backends.Frames,
     "kmeans": backends.KMeans,
     "exact": backends.Exact,
+    "growing": backends.GrowingKind,
     "memory": backends.Memory,
     **dict.fromkeys(KINDS, backends.IndexKind),
 }
