@@ -92,7 +92,7 @@ def up_again(stage: Stage) -> Scene:
             began = time.monotonic()
             with running_cluster(workers, settings) as (db, _):
                 scene.figures["processes started, s"] = time.monotonic() - began
-                told = db.restore(str(Path(place) / name))
+                told = db.restore(str(Path(place) / name), take_over=True)
                 _open(kept, db)
                 kept.quiet(workers)
                 scene.figures["everything back, s"] = time.monotonic() - began

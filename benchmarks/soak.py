@@ -1,9 +1,9 @@
 """Random faults under writes and reads of all consistency levels from several clients, judged by the history checker.
 
-Every five seconds, with probability 0.3, something breaks (`soak_faults`): a worker process is killed or stands still,
-the scheduler is killed and another takes its place, the broker is away. It goes on in rounds, each with a collection of
-its own, so that what the embedded broker keeps always holds all of a round; after each round everything is looked at
-and judged.
+Something breaks (`soak_faults`): a worker process is killed or stands still, the scheduler is killed and another takes
+its place, the broker is away. At first several of these, one as soon as what the one before broke is whole again; then
+every five seconds with probability 0.3. It goes on in rounds, each with a collection of its own, so that what the
+embedded broker keeps always holds all of a round; after each round everything is looked at and judged.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ __all__ = ["main", "soak"]
 
 EVERY = 5.0
 PROBABILITY = 0.3
+PEACE = 1.0
 ROUND = 60.0
 BASE = 600
 CELLS = 8
 MIN_ROWS = 500
+AT_LEAST = 3
+"""Faults of a soak, however short: one that played none has shown nothing."""
 
 
 def soak(seconds: float, seed: int, *, workers: int = 3, keep: str | None = None, each: bool = False) -> Scene:
-    """Run rounds for about `seconds`.
+    """Run rounds for about `seconds`, and for as long as `AT_LEAST` faults take.
 
     Parameters
     ----------
@@ -70,7 +73,8 @@ def soak(seconds: float, seed: int, *, workers: int = 3, keep: str | None = None
                 db, broker, f"soak-{number}", seed=seed + number, command=command, base=BASE, cells=CELLS
             ) as stage:
                 breaker = Breaker(stage, scheduler, workers, random.Random(f"{seed} {number}"))
-                verdict = _round(breaker, end, counts, each=each and not number)
+                first = breaker.chance.sample(list(FAULTS), len(FAULTS) if each else AT_LEAST) if not number else []
+                verdict = _round(breaker, end, counts, first)
                 if keep and not verdict.ok:
                     stage.recorder.save(Path(keep) / f"{stage.name}-seed-{seed}.jsonl")
             counts["rounds"] += 1
@@ -79,6 +83,7 @@ def soak(seconds: float, seed: int, *, workers: int = 3, keep: str | None = None
             if not verdict.ok:
                 print(f"round {number}: {verdict}")
     scene.figures |= {name: float(count) for name, count in (counts + levels).items()}
+    scene.promise("faults", float(sum(counts[name] for name in FAULTS)), "", f">= {AT_LEAST}")
     scene.promise("broken promises and failed reads", float(broken), "", "== 0")
     scene.promise("writes", float(counts["writes"]), "", "> 0")
     for level in LEVELS:
@@ -86,20 +91,18 @@ def soak(seconds: float, seed: int, *, workers: int = 3, keep: str | None = None
     return scene
 
 
-def _round(breaker: Breaker, end: float, counts: Counter[str], *, each: bool) -> Verdict:
-    """One round: faults under writes and reads, then quiet, then the verdict."""
+def _round(breaker: Breaker, end: float, counts: Counter[str], first: Sequence[str]) -> Verdict:
+    """One round: faults under writes and reads, those that come `first` in any case; then quiet, then the verdict."""
     stage, chance = breaker.stage, breaker.chance
     end = min(end, time.monotonic() + ROUND)
-    first = chance.sample(list(FAULTS), len(FAULTS)) if each else []
     with (
         stage.recorder.sampling(stage.collection, every=0.2, ends=stage.ends),
         Writer(stage, rows=20, pause=0.1).running() as writer,
         Clients(stage).running() as clients,
     ):
         for name in first:
-            until("all copies are there", lambda: stage.whole(breaker.workers), 90.0)
-            time.sleep(1.0)
-            counts[breaker.play(name)] += 1
+            _surely(breaker, name)
+            counts[name] += 1
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(EVERY, left))
             if chance.random() < PROBABILITY and time.monotonic() < end:
@@ -112,6 +115,15 @@ def _round(breaker: Breaker, end: float, counts: Counter[str], *, each: bool) ->
     return stage.judge()
 
 
+def _surely(breaker: Breaker, name: str) -> None:
+    """Play that fault, as soon as nothing is missing."""
+    played = LEFT_ALONE
+    while played == LEFT_ALONE:  # something may begin to move while it is left in peace
+        until("all copies are there", lambda: breaker.stage.whole(breaker.workers), 90.0)
+        time.sleep(PEACE)
+        played = breaker.play(name)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the soak; 0 if every promise was held, else 1."""
     parser = argparse.ArgumentParser(
@@ -119,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
         description="Random faults under writes and reads of several clients, judged by the history checker.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long; an hour is 3600")
+    parser.add_argument("--seconds", type=float, default=60.0, help=f"about how long, {AT_LEAST} faults at least")
     parser.add_argument("--seed", type=int, default=None, help="of what is broken, written and read; default: any")
     parser.add_argument("--workers", type=int, default=3, help="worker processes")
     parser.add_argument("--each", action="store_true", help="play every fault once at first")

@@ -94,7 +94,8 @@ def holds(state: CollectionState, worker: str, cell: int) -> bool:
 
 
 def odd_digests(digests: Mapping[str, _Digests], serving: Sequence[str]) -> dict[str, _Digests]:
-    """By worker, the digests of its rows of one cell that not all of `serving` have, or that it should not have.
+    """By worker, the digests of its rows of one cell that not all of `serving` have, that it should not have, or that
+    it has more than once.
 
     Parameters
     ----------
@@ -111,7 +112,15 @@ def odd_digests(digests: Mapping[str, _Digests], serving: Sequence[str]) -> dict
         )
     )
     everywhere = values[counts == len(held)]
-    return {worker: some[~np.isin(some, everywhere)] if worker in serving else some for worker, some in digests.items()}
+    return {
+        worker: some[~np.isin(some, everywhere) | np.isin(some, _repeated(some))] if worker in serving else some
+        for worker, some in digests.items()
+    }
+
+
+def _repeated(digests: _Digests) -> _Digests:
+    values, counts = np.unique(digests, return_counts=True)
+    return values[counts > 1]
 
 
 @dataclass(frozen=True, slots=True)

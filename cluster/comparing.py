@@ -6,15 +6,14 @@ one view, in chunks, in an executor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from headrace.cluster.replica import Replica
+from headrace.cluster.holding import Holding
 from headrace.cluster.wire import offsets_from_wire, offsets_to_wire
 from headrace.gpu.digests import DigestedRows
-from headrace.gpu.errors import StaleEpoch
 
 __all__ = ["Comparing"]
 
@@ -23,17 +22,10 @@ T = TypeVar("T")
 _WRAP = 0xFFFF_FFFF_FFFF_FFFF
 
 
-class Comparing:
+class Comparing(Holding):
     """The part of `WorkerNode` that answers `verify`."""
 
-    calls: tuple[str, ...] = ("digests", "row_digests", "ids_of_digests", "heard", "remember")
-    address: str
-
-    def replica(self, collection: str) -> Replica:
-        raise NotImplementedError
-
-    async def read(self, function: Callable[..., T], *args: Any) -> T:
-        raise NotImplementedError
+    calls: tuple[str, ...] = ("digests", "row_digests", "ids_of_digests", "heard", "remember", "drop_strays")
 
     async def on_digests(self, collection: str, epoch: int | None = None, deep: bool = False) -> dict[str, Any]:
         """Per cell, the number of rows and the order-free sum of their digests; over their content too if `deep`.
@@ -95,11 +87,6 @@ class Comparing:
         self._at(collection, epoch).remember(seconds)
         return {}
 
-    def _at(self, collection: str, epoch: int) -> Replica:
-        """The replica, if it is at this very epoch and nothing moves: only then do cell and holders say the same."""
-        replica = self.replica(collection)
-        if replica.state.epoch != epoch or replica.state.moving:
-            raise StaleEpoch(
-                f"{self.address} is at epoch {replica.state.epoch} of {collection!r}, not settled at {epoch}"
-            )
-        return replica
+    async def on_drop_strays(self, collection: str, epoch: int, ids: Sequence[Any]) -> dict[str, Any]:
+        """Let go of rows of `ids` that this copy answers with and does not know of; answers how many those were."""
+        return {"dropped": await self.read(self._at(collection, epoch).store.drop_strays, ids)}

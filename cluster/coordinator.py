@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Collection, Mapping
 from typing import Any, TypeVar
 
 from headrace.cluster import planning
+from headrace.cluster.attendance import Attendance
 from headrace.cluster.calls import Call
 from headrace.cluster.coordinator_settings import CoordinatorSettings
+from headrace.cluster.rounds import Rounds
 from headrace.cluster.snapshot_loading import Loading
 from headrace.cluster.snapshotting import Taking
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.cluster.watching import watch
-from headrace.cluster.wire import floats_from_wire, offsets_from_wire, offsets_to_wire
-from headrace.gpu.errors import ClusterError, CollectionError, HeadraceError, StaleEpoch, TopicError
-from headrace.streams.topic_identity import another
+from headrace.cluster.wire import offsets_to_wire
+from headrace.gpu.errors import ClusterError, HeadraceError
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
 
@@ -42,17 +42,16 @@ class Coordinator:
         settings: CoordinatorSettings | None = None,
         *,
         after: CollectionState | None = None,
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         self.state = CollectionState(spec=spec, codebook=first_codebook(spec.dim))
         if after is not None:
             # A collection of this name was dropped: what is still under way for it must not be taken for this one's.
             self.state = self.state.with_(epoch=after.epoch, incarnation=after.incarnation + 1)
         self._call, self._settings = call, settings or CoordinatorSettings()
-        self._live: set[str] = set()
-        self._suspects: dict[str, str] = {}
-        self._leaving: set[str] = set()
+        self._workers = Attendance(roles)
+        self._rounds = Rounds(self, call, self._settings, self._workers)
         self._rows: dict[int, int] = {}
-        self._surveyed = time.monotonic()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self.ready = asyncio.Event()
@@ -65,7 +64,7 @@ class Coordinator:
     # -- events --------------------------------------------------------------------------------------------------------
 
     def start(self, live: set[str]) -> None:
-        self._live = set(live)
+        self._workers.live = set(live)
         loop, name = asyncio.get_running_loop(), self.state.spec.name
         self._tasks = [
             loop.create_task(self._run(), name=f"headrace-{name}"),
@@ -76,8 +75,8 @@ class Coordinator:
 
     def resume(self, live: set[str], incomplete: Collection[str]) -> None:
         """Go on from a state that is the workers' own; `incomplete` ones must begin anew."""
-        self._leaving = set(self.state.leaving)
-        self._suspects |= dict.fromkeys(incomplete, "it lacks rows")
+        self._workers.leaving = set(self.state.leaving)
+        self._workers.suspects |= dict.fromkeys(incomplete, "it lacks rows")
         self._anew = True
         self.start(live)
 
@@ -90,61 +89,49 @@ class Coordinator:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.loading.close()
 
     def worker_joined(self, address: str) -> None:
-        self._suspects.pop(address, None)
-        self._live.add(address)
+        self._workers.came(address)
         self._wake.set()
 
     def worker_left(self, address: str) -> None:
-        self._suspects.pop(address, None)
-        self._leaving.discard(address)
-        self._live.discard(address)
+        self._workers.went(address)
         self._wake.set()
 
     def check_drain(self, address: str) -> None:
         """Raise `ClusterError` if `address` cannot be emptied."""
-        name, members = self.state.spec.name, self.state.members
-        if address not in members:
-            raise ClusterError(f"{address!r} is no worker of collection {name!r}; they are {', '.join(members)}")
-        if set(members) <= self._leaving | {address}:
-            raise ClusterError(
-                f"{address} is the last worker that holds collection {name!r}: start another before this one is drained"
-            )
+        self._workers.check_drain(self.state, address)
 
     def drain(self, address: str, *, undo: bool = False) -> None:
         """Have a worker's cells go to the others, or let it have some again; it goes on answering meanwhile."""
-        if undo:
-            self._leaving.discard(address)
-        else:
-            self._leaving.add(address)
+        (self._workers.leaving.discard if undo else self._workers.leaving.add)(address)
         self._wake.set()
 
+    def can_do_without(self, going: Collection[str]) -> bool:
+        """Whether others can hold what the `going` workers do."""
+        return self._workers.can_do_without(self.state, going)
+
+    def has_emptied(self, address: str) -> bool:
+        """Whether nothing is missed if a worker that was to be emptied ends now."""
+        return not self._lock.locked() and self._workers.has_emptied(self.state, address)
+
     def suspect(self, address: str, why: str) -> None:
-        """A worker did not answer one of its peers: it leaves the placement until it answers again, and then joins
-        anew.
-        """
-        if address not in self.state.members or address in self._suspects:
-            return
-        if address in self._live and (address,) in self.state.serving.values():
-            # Without it rows would be gone: writes wait until it answers, or Dask says that it is dead.
-            log.warning(
-                "collection %r: waiting for %s, which holds last copies: %s", self.state.spec.name, address, why
-            )
-        else:
-            log.warning("collection %r: %s leaves the placement: %s", self.state.spec.name, address, why)
-            self._suspects[address] = why
+        """A worker did not answer one of its peers; see `Attendance.suspects`."""
+        if self._workers.suspect(self.state, address, why):
             self._wake.set()
 
     async def topic_found(self, known: str, source: Source) -> None:
         """A worker that took the topic to be the one with the id `known` has found it to be that of `source`."""
         async with self._lock:
-            if self.state.source is None or known != self.state.source.topic_id or known == source.topic_id:
-                return  # another worker was first, or it is more than one topic behind
-            await self._take_up(source)
+            old = self.state.source
+            # Else another worker was first, or it is more than one topic behind.
+            if old is not None and known == old.topic_id != source.topic_id:
+                await self._take_up(planning.topic_found(self.state, source))
 
-    async def _take_up(self, source: Source) -> None:
-        wanted = planning.topic_found(self.state, source)
+    async def _take_up(self, wanted: CollectionState) -> None:
+        if wanted is self.state:
+            return
         if wanted.incarnation != self.state.incarnation:
             log.error("collection %r: %s", wanted.spec.name, wanted.alarms[-1])
             self._rows = {}
@@ -155,36 +142,12 @@ class Coordinator:
 
         Raises
         ------
-        CollectionError
-            The collection reads from another topic.
-        TopicError
-            The topic has another number of topic partitions than when the collection was made.
+        CollectionError, TopicError
+            As `planning.attached`.
         """
         async with self._lock:
             self.loading.check_source()
-            old = self.state.source
-            same = old and (old.bootstrap, old.topic, old.format) == (source.bootstrap, source.topic, source.format)
-            if old and same and another(old.topic_id, source.topic_id):
-                await self._take_up(source)
-                return
-            if old and (old.bootstrap, old.topic, old.format, old.partitions) == (
-                source.bootstrap,
-                source.topic,
-                source.format,
-                source.partitions,
-            ):
-                return
-            if old and old.topic == source.topic and old.partitions != source.partitions:
-                raise TopicError(
-                    f"topic {source.topic!r} has {source.partitions} topic partitions and the collection was built on "
-                    f"{old.partitions}: ids would map to others; build a new collection from the topic instead"
-                )
-            if old:
-                raise CollectionError(
-                    f"collection {self.state.spec.name!r} reads topic {old.topic!r} from {old.bootstrap} already; "
-                    "one topic feeds one collection: create another collection for another topic"
-                )
-            await self._publish(planning.attach_source(self.state, source))
+            await self._take_up(planning.attached(self.state, source))
 
     async def learn(self, schema: Mapping[str, str]) -> dict[str, str]:
         """Take up attributes that a worker has met for the first time; whoever comes first decides their kind."""
@@ -240,8 +203,9 @@ class Coordinator:
         every, patience = self._settings.watch, self._settings.silence
         await watch(lambda: self.state.members, ask, self.suspect, every=every, patience=patience)
 
-    async def unless_lost(self, work: Awaitable[T]) -> T:
-        """What `work` gives, which may take long; given up when a member is lost, for then writes wait for a change.
+    async def unless_lost(self, work: Awaitable[T], of: Collection[str] | None = None) -> T:
+        """What `work` gives, which may take long; given up when a worker `of` these is lost, by default any that is a
+        member now: then writes wait for a change.
 
         Raises
         ------
@@ -249,9 +213,10 @@ class Coordinator:
             A member is lost.
         """
         task = asyncio.ensure_future(work)
+        needed = tuple(self.state.members if of is None else of)  # a suspect is soon no member any more
         try:
             while not (await asyncio.wait({task}, timeout=self._settings.tick))[0]:
-                if lost := [a for a in self.state.members if a in self._suspects or a not in self._live]:
+                if lost := self._workers.lost(needed):
                     raise ClusterError(f"{', '.join(lost)} was lost meanwhile")
             return task.result()
         finally:
@@ -263,13 +228,14 @@ class Coordinator:
     async def _step(self) -> bool:
         """One change; True if there may be more to do at once."""
         await self._recall_suspects()
-        live = self._live - set(self._suspects)
+        live = self._workers.counted_on
         if self.state.restoring and live.issuperset(self.state.members) and self.state.members:
             live = set(self.state.members)  # those that come while a snapshot is loaded join when it has been
-        wanted = planning.membership(self.state, live, self._rows, self._leaving)
+        wanted = planning.membership(self.state, live, self._rows, self._workers.leaving, self._workers.roles)
         if wanted is not self.state or self._anew:
             if wanted.members and planning.lost_cells(self.state, live):
-                instead = await self.loading.instead(self.state, wanted, self._leaving)
+                before = self.state.with_(roles=wanted.roles)
+                instead = await self.loading.instead(before, wanted, self._workers.leaving)
                 if instead is None:
                     return False
                 wanted = instead
@@ -287,9 +253,9 @@ class Coordinator:
             await self._publish(wanted)
             return True
         if self.state.moving:
-            base = await (self.loading.load() if self.state.restoring else self._move())
+            base = await (self.loading.load() if self.state.restoring else self._rounds.send_rows_on())
             if base is None:
-                return bool(self._suspects) or self._anew
+                return bool(self._workers.suspects) or self._anew
             await self._publish(planning.settle(self.state), base)
             return True
         return await self._even_out_if_due() or await self._train_if_due()
@@ -299,89 +265,28 @@ class Coordinator:
         self.loading.most = max(self.loading.most, len(state.members))
         async with self._changed:
             self._changed.notify_all()
-        wire = state.to_wire()
+        wire, deadline = state.to_wire(), self._settings.publish_deadline
 
         async def tell(worker: str) -> None:
             try:
-                await self._call(
-                    worker,
-                    "state",
-                    deadline=self._settings.publish_deadline,
-                    state=wire,
-                    base=offsets_to_wire((base or {}).get(worker, {})),
-                )
+                complete = offsets_to_wire((base or {}).get(worker, {}))
+                await self._call(worker, "state", deadline=deadline, state=wire, base=complete)
             except HeadraceError as error:
                 self.suspect(worker, str(error))
 
         # Those that joined know that they are complete before others drop rows, should this scheduler be lost between.
         await asyncio.gather(*(tell(worker) for worker in state.members if worker in (base or {})))
         await asyncio.gather(*(tell(worker) for worker in state.members if worker not in (base or {})))
-        if not any(worker in self._suspects for worker in state.members):
+        if not any(worker in self._workers.suspects for worker in state.members):
             self.ready.set()
 
-    async def _move(self) -> dict[str, dict[int, int]] | None:
-        """Have the rows sent on; the offsets below which joining workers are complete, or None if it must be tried
-        again.
-        """
-        work = planning.moves(self.state)
-        epoch, name = self.state.epoch, self.state.spec.name
-        if work:
-            log.info("collection %r: %d workers send rows on", name, len(work))
-        # Workers with nothing to send still say how far they are: no joining worker may claim more than its peers have.
-        everyone = {worker: work.get(worker, []) for worker in self.state.active}
-        sending = asyncio.gather(
-            *(
-                self._call(
-                    worker, "move", deadline=self._settings.move_deadline, collection=name, epoch=epoch, cells=cells
-                )
-                for worker, cells in everyone.items()
-            ),
-            return_exceptions=True,
-        )
-        try:
-            answers = await self.unless_lost(sending)
-        except ClusterError as error:
-            log.info("collection %r: rows are sent on again later: %s", name, error)
-            return None
-        low: dict[int, int] | None = None
-        for worker, answer in zip(everyone, answers, strict=True):
-            if isinstance(answer, StaleEpoch):
-                return None  # overtaken by a newer change
-            if isinstance(answer, ClusterError):
-                if worker not in self._live:
-                    return None
-                self.suspect(worker, str(answer))
-                return None
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer["failed"]:
-                for peer, why in answer["failed"]:
-                    self.suspect(peer, why)
-                return None
-            marks = offsets_from_wire(answer["watermarks"])
-            low = marks if low is None else {tp: min(low.get(tp, 0), mark) for tp, mark in marks.items()}
-        joining = [worker for worker, role in self.state.members.items() if role == "joining"]
-        return {worker: low or {} for worker in joining}
-
     async def _even_out_if_due(self) -> bool:
-        state, settings = self.state, self._settings
-        if time.monotonic() - self._surveyed < settings.survey:
+        state = self.state
+        rows = await self._rounds.count_rows()
+        if rows is None:
             return False
-        self._surveyed = time.monotonic()
-        asking = asyncio.gather(
-            *(
-                self._call(worker, "status", deadline=settings.publish_deadline, collection=state.spec.name)
-                for worker in state.active
-            ),
-            return_exceptions=True,  # who does not answer is noticed by `_watch`
-        )
-        answers = await self.unless_lost(asking)
-        rows: dict[int, int] = {}
-        for answer in answers:
-            for cell, count in answer.get("cell_sizes", ()) if isinstance(answer, dict) else ():
-                rows[cell] = max(rows.get(cell, 0), count)
         self._rows = rows
-        if state is not self.state or sum(rows.values()) < settings.rebalance_rows:
+        if state is not self.state or sum(rows.values()) < self._settings.rebalance_rows:
             return False
         wanted = planning.rebalanced(state, rows)
         if wanted is state:
@@ -391,44 +296,17 @@ class Coordinator:
         return True
 
     async def _train_if_due(self) -> bool:
-        state, settings = self.state, self._settings
-        if state.codebook.generation or state.spec.cells < 2 or state.source is None or not state.active:
+        centroids = await self._rounds.train()
+        if centroids is None:
             return False
-        trainer = state.serving[state.codebook.first][0]
-        status = await self._ask(trainer, "status", deadline=settings.publish_deadline, collection=state.spec.name)
-        if status["rows"] < settings.min_rows:
-            return False
-        answer = await self.unless_lost(
-            self._ask(
-                trainer,
-                "train",
-                deadline=settings.move_deadline,
-                collection=state.spec.name,
-                cells=state.spec.cells,
-                sample_rows=settings.sample_rows,
-                iterations=settings.iterations,
-            )
-        )
-        centroids = floats_from_wire(answer["centroids"])
-        log.info(
-            "collection %r: codebook of %d cells trained on %d rows", state.spec.name, len(centroids), answer["rows"]
-        )
         await self._publish(planning.adopt_codebook(self.state, centroids))
         return True
 
-    async def _ask(self, worker: str, op: str, *, deadline: float, **message: Any) -> dict[str, Any]:
-        try:
-            return await self._call(worker, op, deadline=deadline, **message)
-        except ClusterError as error:
-            self.suspect(worker, str(error))
-            raise
-
     async def _recall_suspects(self) -> None:
         """A suspect that answers again has wiped its copy and joins as a new worker would."""
-        gone = [worker for worker in self._suspects if worker not in self.state.members and worker in self._live]
-        for worker in gone:
+        for worker in self._workers.out(self.state):
             try:
                 await self._call(worker, "reset", deadline=0.25, collection=self.state.spec.name)
             except HeadraceError:
                 continue  # still away; the next tick asks again
-            self._suspects.pop(worker, None)
+            self._workers.suspects.pop(worker, None)

@@ -34,6 +34,8 @@ class CoordinatorSettings:
     grace : float
         Seconds that workers have to return to a scheduler that takes the place of one that was lost; those that do not
         come are counted as lost.
+    drain : float
+        Seconds that a worker which is closed in order goes on until the others have what it holds; 0: it does not.
     snapshots : SnapshotSettings
     """
 
@@ -48,4 +50,5 @@ class CoordinatorSettings:
     watch: float = 1.0
     silence: float = 2.0
     grace: float = 5.0
+    drain: float = 30.0
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)

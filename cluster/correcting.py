@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from headrace.cluster.compare import Heard, newest
-from headrace.cluster.fanout import Header, held_by
+from headrace.cluster.fanout import Header, batch_of_rows, held_by
 from headrace.cluster.state import CollectionState
 from headrace.gpu.rows import DELETED, Action, Batch
 from headrace.gpu.versions import Versions
@@ -90,23 +90,13 @@ def _beyond(one: Heard, ends: Mapping[int, int]) -> bool:
 
 def batch_of(header: Header, rows: Sequence[Told]) -> Batch:
     """The rows as one batch that mends."""
-    at = np.array([one.row for one in rows], dtype=np.int64)
-    with_vector = np.array([one.row for one in rows if one.action == Action.HOLD], dtype=np.int64)
-    return Batch(
-        ids=[header.ids[row] for row in at.tolist()],
-        topic_partitions=header.topic_partitions[at],
-        offsets=header.offsets[at],
-        timestamps=header.timestamps[at],
-        cells=header.cells[at],
-        actions=np.array([one.action for one in rows], dtype=np.uint8),
-        vectors=header.vectors[header.vector_at[with_vector]],
-        attributes={name: [values[row] for row in with_vector.tolist()] for name, values in header.attributes.items()},
-        instead=Versions(
-            np.array([one.instead.topic_partition for one in rows], dtype=np.int32),
-            np.array([one.instead.offset for one in rows], dtype=np.int64),
-            np.array([one.instead.timestamp for one in rows], dtype=np.int64),
-        ),
+    gives_way = Versions(
+        np.array([one.instead.topic_partition for one in rows], dtype=np.int32),
+        np.array([one.instead.offset for one in rows], dtype=np.int64),
+        np.array([one.instead.timestamp for one in rows], dtype=np.int64),
     )
+    at = np.array([one.row for one in rows], dtype=np.int64)
+    return batch_of_rows(header, at, np.array([one.action for one in rows], dtype=np.uint8), gives_way)
 
 
 def header_without_rows(ids: Sequence[Any], versions: Sequence[Heard | None], dim: int) -> Header:

@@ -18,8 +18,9 @@ from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import batch_to_wire, offsets_to_wire
 from headrace.gpu.errors import ClusterError, StaleEpoch, StoreFull
 from headrace.gpu.rows import Action, Batch, Id
+from headrace.gpu.versions import Versions
 
-__all__ = ["Header", "LocalApply", "Outcome", "fan_out", "held_by", "part_for"]
+__all__ = ["Header", "LocalApply", "Outcome", "batch_of_rows", "fan_out", "held_by", "part_for"]
 
 LocalApply = Callable[[Batch | None, Mapping[int, tuple[int, int]], Mapping[int, int], int], Any]
 """`Replica.apply` of the sender's own worker."""
@@ -69,6 +70,28 @@ def part_for(header: Header, worker: str, state: CollectionState) -> Batch:
         actions=_DROP_OR_HOLD[holds.view(np.uint8)],
         vectors=header.vectors[header.vector_at[with_vector]],
         attributes={name: [values[row] for row in with_vector.tolist()] for name, values in header.attributes.items()},
+    )
+
+
+def batch_of_rows(
+    header: Header,
+    rows: npt.NDArray[np.int64],
+    actions: npt.NDArray[np.uint8],
+    instead: Versions | None = None,
+) -> Batch:
+    """Some of the header's rows, with the vectors and attributes of those that are to be held."""
+    held = rows[actions == Action.HOLD]
+    columns = header.attributes.items() if len(held) else ()
+    return Batch(
+        ids=[header.ids[row] for row in rows.tolist()],
+        topic_partitions=header.topic_partitions[rows],
+        offsets=header.offsets[rows],
+        timestamps=header.timestamps[rows],
+        cells=header.cells[rows],
+        actions=actions,
+        vectors=header.vectors[header.vector_at[held]],
+        attributes={name: [values[row] for row in held.tolist()] for name, values in columns},
+        instead=instead,
     )
 
 

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.cluster.snapshot_state import Snapshots
 from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
 from headrace.gpu.errors import HeadraceError, SnapshotDamaged, SnapshotError
-from headrace.gpu.snapshot_parts import Part
+from headrace.gpu.snapshot_wire import Part
 
 __all__ = ["FOLDER", "Entry", "Manifest", "lowest", "manifest_of", "read_manifest"]
 
@@ -44,7 +45,7 @@ class Manifest:
     lineage : str
         Of which collection; see `Snapshots.lineage`.
     state : CollectionState
-        Spec, codebook, source, schema and alarms; without workers.
+        Spec, codebook, source, schema and alarms, and whether it is `detached`; without workers.
     offsets : dict of int to int
         Topic partition to the first offset that some part may lack: the log is read from there.
     parts : tuple of Part
@@ -69,6 +70,11 @@ class Manifest:
             for cell, count in part.rows.items():
                 rows[cell] = max(rows.get(cell, 0), count)
         return rows
+
+    @property
+    def detached(self) -> bool:
+        """Its rows are of a topic that it no longer names: no other may be read into them."""
+        return self.state.snapshots.detached or (self.state.source is None and any(self.rows.values()))
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +130,8 @@ class Entry:
     problem: str = ""
     foreign: bool = False
     """It may well be good, but this Headrace cannot know what it names."""
+    unread: bool = False
+    """Its file could not be read just now; another time it may be."""
 
     @property
     def number(self) -> int:
@@ -156,7 +164,7 @@ def manifest_of(
         created=created,
         seconds=seconds,
         lineage=lineage,
-        state=bare.with_(schema=dict(state.schema)),
+        state=bare.with_(schema=dict(state.schema), snapshots=Snapshots(detached=state.snapshots.detached)),
         offsets=lowest((part.stamp for part in parts.values()), state.source.origins if state.source else {}),
         parts=tuple(parts.values()),
         writers=tuple(parts),
@@ -179,7 +187,13 @@ def read_manifest(snapshot: str, content: bytes) -> Entry:
         return Entry(snapshot, _manifest(wire))
     except HeadraceError as error:
         return Entry(snapshot, problem=str(error), foreign=foreign)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever bytes may make of JSON
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # whatever bytes may make of JSON
         return Entry(snapshot, problem=f"{problem} ({type(error).__name__}: {error})")
 
 

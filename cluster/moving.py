@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cluster.calls import Call
-from headrace.cluster.fanout import Header, LocalApply, fan_out, held_by
+from headrace.cluster.fanout import Header, LocalApply, batch_of_rows, fan_out, held_by
 from headrace.cluster.routing import Router
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
@@ -93,15 +93,4 @@ def _concerns(header: Header, worker: str, state: CollectionState) -> npt.NDArra
 
 
 def _part(header: Header, rows: npt.NDArray[np.int64], action: Action) -> Batch:
-    vectors = header.vectors[header.vector_at[rows if action == Action.HOLD else rows[:0]]]
-    attributes = header.attributes if action == Action.HOLD else {}
-    return Batch(
-        ids=[header.ids[row] for row in rows.tolist()],
-        topic_partitions=header.topic_partitions[rows],
-        offsets=header.offsets[rows],
-        timestamps=header.timestamps[rows],
-        cells=header.cells[rows],
-        actions=np.full(len(rows), action, dtype=np.uint8),
-        vectors=vectors,
-        attributes={name: [values[row] for row in rows.tolist()] for name, values in attributes.items()},
-    )
+    return batch_of_rows(header, rows, np.full(len(rows), action, dtype=np.uint8))

@@ -10,14 +10,16 @@ import numpy.typing as npt
 
 from headrace.cluster.layout import near_order
 from headrace.cluster.placement import assign_readers, place
+from headrace.cluster.roles import BOTH, may_hold, may_ingest
 from headrace.cluster.snapshot_state import Restoring
 from headrace.cluster.state import Codebook, CollectionState, Source, first_codebook
+from headrace.gpu.errors import CollectionError, TopicError
 from headrace.streams.topic_identity import another, made_anew
 
 __all__ = [
     "Moves",
     "adopt_codebook",
-    "attach_source",
+    "attached",
     "begun_anew",
     "lost_cells",
     "membership",
@@ -37,15 +39,21 @@ def membership(
     live: Collection[str],
     rows: Mapping[int, int] | None = None,
     leaving: Collection[str] = (),
+    roles: Mapping[str, str] | None = None,
 ) -> CollectionState:
     """The state with `live` as its workers, of which `leaving` are to be emptied; the same object when nothing changes.
 
     A worker that is new joins: it is sent all writes from now on and its share of the cells, and is not read until
     `settle`. A copy that is given up is kept and read until then too. If some cell has lost its last copy, the
-    collection begins again from the log (a new incarnation).
+    collection begins again from the log (a new incarnation). By their `roles`, some workers are given no cells and some
+    no topic partitions; where none may hold rows there is no member at all, for nobody may read what nobody keeps.
     """
+    roles = roles or {}
+    if not may_hold(live, roles):
+        live = ()
     going = tuple(sorted(set(live) & set(leaving)))
-    if set(live) == set(state.members) and going == state.leaving:
+    roles = {address: roles[address] for address in sorted(live) if roles.get(address, BOTH) != BOTH}
+    if set(live) == set(state.members) and going == state.leaving and roles == state.roles:
         return state
     if not live:
         # What that means is decided when somebody comes.
@@ -58,9 +66,11 @@ def membership(
             serving=nobody,
             surplus={},
             leaving=(),
+            roles={},
             moving=False,
             readers={},
         )
+    state = state.with_(roles=roles)
     active = [address for address in state.active if address in live]
     serving = {cell: tuple(a for a in holders if a in active) for cell, holders in state.serving.items()}
     if lost_cells(state, live):
@@ -71,26 +81,39 @@ def membership(
 
 def begun_anew(state: CollectionState, live: Collection[str], leaving: Collection[str] = ()) -> CollectionState:
     """The state in which `live` workers begin with nothing and read the log from its start, if there is one."""
+    if state.source is None or not state.copies:
+        return _begun(state, live, leaving, state.codebook)
+    cells = len(lost_cells(state, live))
+    alarm = f"the last copy of {cells} cells was lost: the log was read again from its start"
+    anew = state.with_(incarnation=state.incarnation + 1, alarms=(*state.alarms, alarm))
+    return _begun(anew, live, leaving, state.codebook)
+
+
+def _begun(
+    state: CollectionState,
+    live: Collection[str],
+    leaving: Collection[str],
+    book: Codebook,
+    rows: Mapping[int, int] | None = None,
+    restoring: Restoring | None = None,
+) -> CollectionState:
+    """The next epoch, in which `live` workers hold the cells of `book`, and nothing in them but what they load."""
     going = tuple(sorted(set(live) & set(leaving)))
-    copies = place(state.codebook.cells, _staying(live, going), state.spec.replicas, near=_near(state.codebook))
-    begun = state.source is not None and bool(state.copies)
-    alarms = state.alarms
-    if begun:
-        cells = len(lost_cells(state, live))
-        alarms = (*alarms, f"the last copy of {cells} cells was lost: the log was read again from its start")
+    holding = _staying(may_hold(live, state.roles), going)
+    copies = place(book.cells, holding, state.spec.replicas, rows=rows, near=_near(book)) if live else {}
+    loads = restoring is not None
     return _with_readers(
         state.with_(
             epoch=state.epoch + 1,
-            incarnation=state.incarnation + begun,
-            members=dict.fromkeys(sorted(live), "active"),
+            members=dict.fromkeys(sorted(live), "joining" if loads else "active"),
+            codebook=book,
             previous=None,
             copies=copies,
-            serving=copies,
+            serving=dict.fromkeys(copies, ()) if loads else copies,
             surplus={},
             leaving=going,
-            moving=False,
-            restoring=None,
-            alarms=alarms,
+            moving=loads,
+            restoring=restoring,
         )
     )
 
@@ -118,24 +141,8 @@ def restored(
     rows : mapping of int to int
         Rows by cell in the snapshot.
     """
-    going = tuple(sorted(set(live) & set(leaving)))
-    book = kept.codebook
-    copies = place(book.cells, _staying(live, going), state.spec.replicas, rows=rows, near=_near(book))
-    return state.with_(
-        epoch=state.epoch + 1,
-        incarnation=state.incarnation + 1,
-        members=dict.fromkeys(sorted(live), "joining"),
-        codebook=book,
-        previous=None,
-        copies=copies,
-        serving=dict.fromkeys(copies, ()),
-        surplus={},
-        leaving=going,
-        moving=True,
-        readers={},
-        schema={**kept.schema, **state.schema},
-        restoring=restoring,
-    )
+    anew = state.with_(incarnation=state.incarnation + 1, schema={**kept.schema, **state.schema})
+    return _begun(anew, live, leaving, kept.codebook, rows, restoring)
 
 
 def rebalanced(state: CollectionState, rows: Mapping[int, int]) -> CollectionState:
@@ -153,7 +160,7 @@ def _placed(state: CollectionState, rows: Mapping[int, int] | None) -> Collectio
     wanted = {cell: [a for a in h if a not in state.surplus.get(cell, ())] for cell, h in state.copies.items()}
     target = place(
         state.codebook.cells,
-        _staying(state.members, state.leaving),
+        _staying(may_hold(state.members, state.roles), state.leaving),
         state.spec.replicas,
         rows=rows,
         current=wanted,
@@ -177,7 +184,7 @@ def _placed(state: CollectionState, rows: Mapping[int, int] | None) -> Collectio
 
 
 def _staying(members: Collection[str], leaving: Collection[str]) -> list[str]:
-    """Who may be given cells: everybody, where all are to be emptied."""
+    """Who may be given something: everybody, where all are to be emptied."""
     return [address for address in members if address not in leaving] or list(members)
 
 
@@ -199,7 +206,8 @@ def adopt_codebook(state: CollectionState, centroids: npt.NDArray[np.float32]) -
         )
     old = state.codebook
     book = Codebook(old.generation + 1, old.first + len(old.centroids), centroids)
-    fresh = place(book.cells, _staying(state.active, state.leaving), state.spec.replicas, near=_near(book))
+    holding = _staying(may_hold(state.active, state.roles), state.leaving)
+    fresh = place(book.cells, holding, state.spec.replicas, near=_near(book))
     # A row gets a new cell's number only by an apply that goes to all of that cell's copies: they serve it at once.
     return state.with_(
         epoch=state.epoch + 1,
@@ -241,9 +249,33 @@ def settle(state: CollectionState) -> CollectionState:
     )
 
 
-def attach_source(state: CollectionState, source: Source) -> CollectionState:
-    """The state with records coming from `source`."""
-    return _with_readers(state.with_(epoch=state.epoch + 1, source=source))
+def attached(state: CollectionState, source: Source) -> CollectionState:
+    """The state with records coming from `source`; the same object where they do already.
+
+    Raises
+    ------
+    CollectionError
+        The collection reads from another topic.
+    TopicError
+        The topic has another number of topic partitions than when the collection was made.
+    """
+    old = state.source
+    if old is None:
+        return _with_readers(state.with_(epoch=state.epoch + 1, source=source))
+    if (old.bootstrap, old.topic, old.format) == (source.bootstrap, source.topic, source.format):
+        if another(old.topic_id, source.topic_id):
+            return topic_found(state, source)
+        if old.partitions == source.partitions:
+            return state
+    if old.topic == source.topic and old.partitions != source.partitions:
+        raise TopicError(
+            f"topic {source.topic!r} has {source.partitions} topic partitions and the collection was built on "
+            f"{old.partitions}: ids would map to others; build a new collection from the topic instead"
+        )
+    raise CollectionError(
+        f"collection {state.spec.name!r} reads topic {old.topic!r} from {old.bootstrap} already; "
+        "one topic feeds one collection: create another collection for another topic"
+    )
 
 
 def topic_found(state: CollectionState, source: Source) -> CollectionState:
@@ -257,29 +289,13 @@ def topic_found(state: CollectionState, source: Source) -> CollectionState:
         known = source if old is None else replace(old, topic_id=source.topic_id)
         return state.with_(epoch=state.epoch + 1, source=known)
     sentence = made_anew(source.topic, old.topic_id, source.topic_id)
-    book = first_codebook(state.spec.dim)
-    copies = place(book.cells, _staying(state.members, state.leaving), state.spec.replicas) if state.members else {}
-    return _with_readers(
-        state.with_(
-            epoch=state.epoch + 1,
-            incarnation=state.incarnation + 1,
-            members=dict.fromkeys(state.members, "active"),
-            codebook=book,
-            previous=None,
-            copies=copies,
-            serving=copies,
-            surplus={},
-            moving=False,
-            restoring=None,
-            source=source,
-            alarms=state.alarms if sentence in state.alarms else (*state.alarms, sentence),
-        )
-    )
+    alarms = state.alarms if sentence in state.alarms else (*state.alarms, sentence)
+    anew = state.with_(incarnation=state.incarnation + 1, source=source, alarms=alarms)
+    return _begun(anew, state.members, state.leaving, first_codebook(state.spec.dim))
 
 
 def _with_readers(state: CollectionState) -> CollectionState:
     if state.source is None:
         return state
-    return state.with_(
-        readers=assign_readers(state.source.partitions, _staying(state.active, state.leaving), state.readers)
-    )
+    reading = _staying(may_ingest(state.active, state.roles), state.leaving)
+    return state.with_(readers=assign_readers(state.source.partitions, reading, state.readers))

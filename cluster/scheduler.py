@@ -14,6 +14,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from headrace.cluster.calls import answering, call
 from headrace.cluster.coordinator import Coordinator, CoordinatorSettings
 from headrace.cluster.recovery import recovered
+from headrace.cluster.retiring import Retiring
+from headrace.cluster.roles import BOTH, may_hold
 from headrace.cluster.snapshot_calls import SnapshotCalls
 from headrace.cluster.state import CollectionSpec, CollectionState, Source
 from headrace.gpu.errors import ClusterError, CollectionExists, CollectionNotFound
@@ -26,7 +28,7 @@ _PATIENCE = 5.0
 _PAUSE = 0.05
 
 
-class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
+class HeadraceScheduler(SnapshotCalls, Retiring, SchedulerPlugin):
     """Registered once per scheduler; a second registration is ignored.
 
     Parameters
@@ -45,6 +47,9 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
         self._dropped: dict[str, CollectionState] = {}
         self._ready: dict[str, str] = {}
         self._pids: dict[str, int] = {}
+        self._roles: dict[str, str] = {}
+        self._going: set[str] = set()
+        self.drain_deadline = self._settings.drain
         self._returning: dict[str, dict[str, CollectionState]] = {}
         self._recoveries: set[asyncio.Task[None]] = set()
 
@@ -67,16 +72,17 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
                     "describe",
                     "ingest",
                     "topic_found",
-                    "drain",
                     "suspect",
                     "learn",
                     "alarm",
                     "await_state",
                     "shutdown",
                     *self.calls,
+                    *self.retiring_calls,
                 )
             }
         )
+        self.hear_of_retirement()
 
     async def close(self) -> None:
         for task in self._recoveries:
@@ -85,6 +91,8 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
             await coordinator.close()
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        self._roles.pop(worker, None)
+        self._going.discard(worker)
         if self._ready.pop(worker, None) is not None:
             for coordinator in self._coordinators.values():
                 coordinator.worker_left(worker)
@@ -92,7 +100,7 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     async def hello(
-        self, address: str, instance: str, pid: int, holds: Sequence[Mapping[str, Any]] = ()
+        self, address: str, instance: str, pid: int, holds: Sequence[Mapping[str, Any]] = (), role: str = BOTH
     ) -> dict[str, Any]:
         """A worker is ready; another instance at the same address is another worker, with nothing in it.
 
@@ -114,6 +122,7 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
             self._reported(name, address, state)
         self._ready[address] = instance
         self._pids[address] = pid
+        self._roles[address] = role
         for coordinator in self._coordinators.values():
             coordinator.worker_joined(address)
         return {"workers": len(self._ready)}
@@ -132,7 +141,7 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
         if name not in self._coordinators:
             log.warning("collection %r: found on %s; waiting for its other workers", name, address)
             self._returning[name] = {}
-            self._coordinators[name] = Coordinator(state.spec, self._call, self._settings)
+            self._coordinators[name] = Coordinator(state.spec, self._call, self._settings, roles=self._roles)
             task = asyncio.get_running_loop().create_task(self._recover(name), name=f"headrace-recover-{name}")
             self._recoveries.add(task)
             task.add_done_callback(self._recoveries.discard)
@@ -159,7 +168,10 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
     async def create(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         wanted = CollectionSpec.from_wire({**spec, "uid": uuid.uuid4().hex})
         await self._until_free(wanted.name)
-        coordinator = Coordinator(wanted, self._call, self._settings, after=self._dropped.pop(wanted.name, None))
+        after = self._dropped.pop(wanted.name, None)
+        coordinator = Coordinator(wanted, self._call, self._settings, after=after, roles=self._roles)
+        for worker in self._going:
+            coordinator.drain(worker)
         self._coordinators[wanted.name] = coordinator
         coordinator.start(set(self._ready))
         await asyncio.wait_for(coordinator.ready.wait(), 30.0)
@@ -172,8 +184,10 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
         until = time.monotonic() + _PATIENCE
         while time.monotonic() < until and not (self._ready and self._scheduler.workers.keys() <= self._ready.keys()):
             await asyncio.sleep(_PAUSE)
-        if not self._ready:
-            raise ClusterError("no worker is ready to hold a collection; start workers and try again")
+        if not may_hold(self._ready, self._roles):
+            raise ClusterError(
+                "no worker is ready to hold a collection; start workers of the role 'search' or 'both' and try again"
+            )
         self._check_free(name)
 
     def _check_free(self, name: str) -> None:
@@ -184,12 +198,19 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
 
     async def drop(self, collection: str) -> dict[str, Any]:
         coordinator = await self._settled(collection)
-        del self._coordinators[collection]
-        await coordinator.close()
-        self._dropped[collection] = coordinator.state
-        calls = (self._call(worker, "drop", deadline=5.0, collection=collection) for worker in self._ready)
-        await asyncio.gather(*calls, return_exceptions=True)
+        await self._forget(collection, coordinator)
+        await coordinator.snapshots.end()
         return {}
+
+    async def _forget(self, name: str, coordinator: Coordinator) -> None:
+        """Take a collection from the workers; nothing happens where it is no longer the one of this name."""
+        if self._coordinators.get(name) is not coordinator:
+            return
+        del self._coordinators[name]
+        await coordinator.close()
+        self._dropped[name] = coordinator.state
+        calls = (self._call(worker, "drop", deadline=5.0, collection=name) for worker in self._ready)
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def shutdown(self) -> dict[str, Any]:
         """The cluster is about to end: workers stop reading, and those that leave now are not missed."""
@@ -208,6 +229,7 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
         return {
             "names": sorted(self._coordinators),
             "workers": [[address, self._pids[address]] for address in sorted(self._ready)],
+            "roles": [[address, self._roles[address]] for address in sorted(self._ready)],
         }
 
     async def describe(self, collection: str, epoch: int = -1) -> dict[str, Any]:
@@ -234,17 +256,6 @@ class HeadraceScheduler(SnapshotCalls, SchedulerPlugin):
         coordinator = await self._settled(collection)
         await coordinator.topic_found(known, _source(source))
         return {"epoch": coordinator.state.epoch}
-
-    async def drain(self, worker: str, undo: bool = False) -> dict[str, Any]:
-        """Empty a worker in all collections; they say when it is done by its rows."""
-        if worker not in self._ready:
-            raise ClusterError(f"{worker!r} is no worker here; they are {', '.join(sorted(self._ready)) or 'none yet'}")
-        if not undo:
-            for coordinator in self._coordinators.values():
-                coordinator.check_drain(worker)
-        for coordinator in self._coordinators.values():
-            coordinator.drain(worker, undo=undo)
-        return {}
 
     async def suspect(self, collection: str, worker: str, epoch: int, why: str) -> dict[str, Any]:
         coordinator = self._coordinator(collection)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from headrace.cluster import planning
 from headrace.cluster.calls import Call
-from headrace.cluster.manifests import Manifest
+from headrace.cluster.manifests import Entry, Manifest
 from headrace.cluster.snapshot_settings import Owner, SnapshotSettings, entries_at
 from headrace.cluster.snapshot_state import Restoring
 from headrace.cluster.snapshots import choose, shares
@@ -25,6 +25,7 @@ from headrace.cluster.state import CollectionState
 from headrace.gpu.errors import (
     ClusterError,
     CollectionError,
+    CollectionNotFound,
     HeadraceError,
     SnapshotDamaged,
     SnapshotError,
@@ -54,6 +55,8 @@ class Loading:
         self._since: float | None = None
         self._report: dict[str, Any] = {}
         self._failure: HeadraceError | None = None
+        self._failed_at = 0.0
+        self._waited_for = False
 
     @property
     def _name(self) -> str:
@@ -90,7 +93,9 @@ class Loading:
         if target is None and not known.last:
             return wanted
         if self._failure is not None:
-            return None
+            if self._waited_for or time.monotonic() < self._failed_at + self._settings.pause:
+                return None
+            self._failure, self._unusable = None, {}  # whoever asked has gone with an earlier scheduler
         if self._since is None:
             self._since = time.monotonic()
         if target is None and len(wanted.members) < self.most and self._waited() < self._settings.gather:
@@ -111,6 +116,9 @@ class Loading:
             )
         except SnapshotError as error:
             return self._not_usable(before, wanted, leaving, error)
+        asked = target is not None and target.asked
+        if not asked and self._waited() <= self._settings.patience and _may_be_newer(entries, manifest):
+            return None
         self._manifest, self._passed_over = manifest, passed_over
         for sentence in passed_over:
             log.error("collection %r: %s", self._name, sentence)
@@ -128,11 +136,22 @@ class Loading:
     ) -> CollectionState | None:
         self._since = None
         if before.restoring is not None and before.restoring.asked:
-            self._failure = error
+            self._fail(error)
             return None
         log.error("collection %r: no snapshot can be loaded: %s", self._name, error)
         state = planning.begun_anew(before, wanted.members, leaving)
         return state.with_(alarms=(*state.alarms, f"no snapshot could be loaded: {error}"))
+
+    def _fail(self, error: HeadraceError) -> None:
+        """Tell whoever has asked for a restore; where nobody waits, let it be seen, and try again after a while."""
+        self._failure, self._failed_at = error, time.monotonic()
+        if self._waited_for:
+            return
+        obstacle = f"{error}; it is tried again and again: mend that, or drop the collection"
+        log.error("collection %r: a restore that nobody waits for: %s", self._name, obstacle)
+        known = self._owner.state.snapshots
+        known = replace(known, obstacle=obstacle, revision=known.revision + 1)
+        self._owner.state = self._owner.state.with_(snapshots=known)
 
     async def load(self) -> dict[str, dict[int, int]] | None:
         """Have all workers load their cells; the offsets below which they are complete, or None if it must be done
@@ -198,7 +217,7 @@ class Loading:
             elif not isinstance(error, HeadraceError):
                 raise error
             elif restoring.asked:
-                self._failure = error  # no room, or no way to the place: an older one is no better
+                self._fail(error)  # no room, or no way to the place: an older one is no better
             elif not isinstance(error, SnapshotError) or self._waited() > self._settings.patience:
                 self._unusable[restoring.snapshot] = str(error)
         if errors:
@@ -213,12 +232,28 @@ class Loading:
         ------
         SnapshotError, StoreFull
             It cannot be done.
+        CollectionNotFound
+            The collection was dropped meanwhile.
         """
+        self._waited_for = True
         while self._failure is None and (self._owner.state.restoring is not None or not self._report):
             await asyncio.sleep(0.02)
         if self._failure is not None:
             raise self._failure
         return self._report
+
+    def close(self) -> None:
+        """The collection is no more: nobody is to wait for it any longer."""
+        if self._failure is None:
+            self._failure = CollectionNotFound(
+                f"collection {self._name!r} was dropped, or the cluster ended, while it was restored: restore it again"
+            )
+
+
+def _may_be_newer(entries: Sequence[Entry], than: Manifest) -> bool:
+    """Whether a snapshot that could not be read just now may be newer than this one."""
+    number = Entry(than.snapshot).number
+    return any(entry.unread and entry.number > number for entry in entries)
 
 
 def _begin(state: CollectionState, manifest: Manifest) -> dict[int, int]:

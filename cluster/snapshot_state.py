@@ -27,6 +27,8 @@ class Snapshots:
         A user has ended the schedule, so the configuration's is not begun again.
     lineage : str
         Which collection they are of, also after it has been restored: the uid of its first creation.
+    heir_of : str
+        Uid of the collection whose places this one writes to instead of it; empty if it has taken none over.
     last, last_url : str
         The newest that is complete, and where; from it the collection comes back should all copies of a cell be lost.
     last_at : float
@@ -34,6 +36,8 @@ class Snapshots:
     last_rows : int
     detached : bool
         It was restored without its topic: its rows are of another, and none may be read into them.
+    obstacle : str
+        Why the snapshot that is being loaded is not; what it says counts only while one is.
     failed : str
         Why the newest attempt failed; empty if it did not.
     tried_at : float
@@ -47,11 +51,13 @@ class Snapshots:
     keep: int = 0
     unscheduled: bool = False
     lineage: str = ""
+    heir_of: str = ""
     last: str = ""
     last_url: str = ""
     last_at: float = 0.0
     last_rows: int = 0
     detached: bool = False
+    obstacle: str = ""
     failed: str = ""
     tried_at: float = 0.0
     revision: int = 0

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from distributed.threadpoolexecutor import ThreadPoolExecutor as DaemonThreads
 
-from headrace.cluster.replica import Replica
+from headrace.cluster.holding import Holding
 from headrace.cluster.stepping_back import stepping_back
 from headrace.gpu import snapshot_parts
 from headrace.gpu.errors import StaleEpoch
@@ -26,18 +26,11 @@ __all__ = ["Snapshotting"]
 T = TypeVar("T")
 
 
-class Snapshotting:
+class Snapshotting(Holding):
     """The part of `WorkerNode` that writes and loads snapshots."""
 
     calls: tuple[str, ...] = ("snapshot", "load")
-    address: str
     storage_options: Mapping[str, Any]
-
-    def replica(self, collection: str) -> Replica:
-        raise NotImplementedError
-
-    def _at(self, collection: str, epoch: int) -> Replica:
-        raise NotImplementedError
 
     def start_snapshots(self) -> None:
         """To be called once the worker is there; a worker that is to end waits for neither thread."""

@@ -10,10 +10,10 @@ from headrace.cluster.manifests import Entry, Manifest
 from headrace.cluster.placement import cover
 from headrace.cluster.state import CollectionState
 from headrace.gpu.errors import SnapshotError
-from headrace.gpu.snapshot_parts import Part
+from headrace.gpu.snapshot_wire import Part
 from headrace.streams.topic_identity import another
 
-__all__ = ["choose", "expired", "lineage_of", "next_id", "shares", "writers"]
+__all__ = ["choose", "expired", "lineage_of", "next_id", "owner", "refusal", "shares", "writers"]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -32,6 +32,39 @@ def writers(state: CollectionState, before: Sequence[str] = ()) -> list[str]:
     others = frozenset(state.members) - frozenset(before)
     same = cover(state.cells, state.serving, avoid=others, turn=0)
     return same or cover(state.cells, state.serving, avoid=frozenset(), turn=0)
+
+
+def owner(entries: Iterable[Entry]) -> Manifest | None:
+    """Whose place it is: that of the collection that wrote the newest snapshot there which can be read."""
+    there = [entry.manifest for entry in entries if entry.manifest is not None]
+    return max(there, key=lambda manifest: (Entry(manifest.snapshot).number, manifest.snapshot), default=None)
+
+
+def refusal(entries: Sequence[Entry], url: str, state: CollectionState) -> str:
+    """Why a collection may not write to a place; empty if it may.
+
+    One place is for one collection, and for one cluster: retention in the one would delete what the other has just
+    written. So no lock is needed that a crash could leave behind: who wrote last owns it, by the uid of its creation. A
+    collection that was restored has another uid, and is let in if it was to take over what that one had.
+    """
+    newest = owner(entries)
+    if newest is None:
+        return ""
+    uid = newest.state.spec.uid
+    if newest.lineage != state.lineage:
+        return (
+            f"{url} holds snapshots of another collection ({newest.state.spec.name}, created as {newest.lineage}): "
+            "choose another folder"
+        )
+    if uid in (state.spec.uid, state.snapshots.heir_of):
+        return ""
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest.created))
+    return (
+        f"{url} belongs to collection {newest.state.spec.name!r} as created under {uid}, which took snapshot "
+        f"{newest.snapshot} there at {at} UTC; this one, created under {state.spec.uid}, was restored from it or it "
+        "from this one: choose another folder, or, if that one is to write there no longer, restore with "
+        "take_over=True (--take-over)"
+    )
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

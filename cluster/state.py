@@ -146,6 +146,8 @@ class CollectionState:
         Of `copies`, those that are given up once others have taken over; they are read until then.
     leaving : tuple of str
         Workers that are being emptied: they are given no cells and read no topic partitions.
+    roles : dict of str to str
+        Members that may only hold rows ("search") or only read the topic ("ingest"); the others may do both.
     serving : dict of int to tuple of str
         Cell to the workers that hold all of its rows.
     moving : bool
@@ -173,6 +175,7 @@ class CollectionState:
     serving: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     surplus: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     leaving: tuple[str, ...] = ()
+    roles: Mapping[str, str] = field(default_factory=dict)
     moving: bool = False
     source: Source | None = None
     readers: Mapping[int, str] = field(default_factory=dict)
@@ -229,6 +232,7 @@ class CollectionState:
             "serving": [[cell, *holders] for cell, holders in self.serving.items()],
             "surplus": [[cell, *holders] for cell, holders in self.surplus.items()],
             "leaving": list(self.leaving),
+            "roles": dict(self.roles),
             "moving": self.moving,
             "source": self.source
             and {
@@ -258,6 +262,7 @@ class CollectionState:
             serving={row[0]: tuple(row[1:]) for row in wire["serving"]},
             surplus={row[0]: tuple(row[1:]) for row in wire["surplus"]},
             leaving=tuple(wire["leaving"]),
+            roles=dict(wire.get("roles", {})),  # snapshots from before there were roles have none
             moving=wire["moving"],
             source=Source(**{**source, "origins": dict(source["origins"])}) if source else None,
             readers=dict(wire["readers"]),

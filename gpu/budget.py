@@ -102,7 +102,8 @@ class Budget:
             return
         held = self.held
         if rows and held + rows + deletions > self.limit - self.kept:
-            self._refused = rows + deletions
+            if rows + deletions <= self.limit - self.kept:  # else tidying up does not help: they are to come in parts
+                self._refused = rows + deletions
             raise StoreFull(
                 f"no room for {rows + deletions:,} more bytes of rows: {held:,} of store.memory-limit {self.limit:,} "
                 f"are held, and {self.kept:,} are kept for merging; add a worker or raise the limit"

@@ -12,6 +12,7 @@
     ├── RecordError             a record the caller handed in cannot be written (wrong dimension, no id …)
     ├── FilterError             a search's filter cannot be read, or does not fit the columns; shows the place
     ├── StoreFull               a worker's memory limit is reached; writes wait until there is room again
+    │   └── RecordTooLarge      a record takes more than the whole limit by itself
     ├── SnapshotError           a snapshot cannot be written or read where it is kept
     │   └── SnapshotDamaged     one of its files is missing, changed, or of another collection
     ├── BrokerError             Kafka cannot be reached or refuses
@@ -41,6 +42,7 @@ __all__ = [
     "HeadraceError",
     "ProduceError",
     "RecordError",
+    "RecordTooLarge",
     "SnapshotDamaged",
     "SnapshotError",
     "StaleEpoch",
@@ -91,6 +93,10 @@ class FilterError(HeadraceError, ValueError):
 
 class StoreFull(HeadraceError, MemoryError):
     """A worker's memory limit is reached: what would add rows is tried again until there is room."""
+
+
+class RecordTooLarge(StoreFull):
+    """A record takes more memory than the whole limit leaves to rows: trying again cannot help."""
 
 
 class SnapshotError(HeadraceError):

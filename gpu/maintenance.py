@@ -203,7 +203,7 @@ class Maintenance:
             self._backend,
             params,
             index,
-            calibrate(self._backend, kind, index, vectors, self._metric),
+            calibrate(self._backend, kind, index, vectors, self._metric, recall_target=self._spec.recall_target),
             IdColumn.gather([(segment.ids, live) for segment, live in sources]),
             Versions.concatenate([segment.versions.take(live) for segment, live in sources]),
             Columns.gather(self._backend.xp, [(segment.columns, live) for segment, live in sources]),

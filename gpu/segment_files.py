@@ -111,7 +111,7 @@ def manifest_from(content: bytes, name: str) -> Manifest:
         if set(fields["files"]) != {_INDEX, _ROWS}:
             raise ValueError(f"it lists {sorted(fields['files'])}")
         return Manifest(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError, BackendError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BackendError) as error:
         raise SnapshotDamaged(f"{name} is not a segment's manifest: take another snapshot ({error!r})") from error
 
 
@@ -171,11 +171,11 @@ def verify(manifest: Manifest, folder: Path, name: str) -> None:
             raise SnapshotDamaged(f"{name}/{file} is damaged: take another snapshot")
 
 
-def load(manifest: Manifest, backend: Backend, folder: Path, name: str) -> Sealed:
+def load(manifest: Manifest, backend: Backend, folder: Path, name: str, *, recall_target: float = 0.95) -> Sealed:
     """Read a segment, written by this or another backend, once `verify` has found nothing.
 
     An index that another backend wrote is converted or built again: then it is another segment, with a uid and a
-    calibration of its own.
+    calibration of its own, for `recall_target`.
 
     Raises
     ------
@@ -194,7 +194,8 @@ def load(manifest: Manifest, backend: Backend, folder: Path, name: str) -> Seale
         uid, calibration = manifest.uid, manifest.calibration
         if manifest.backend != backend.name:
             vectors = kind.vectors(index, backend.xp.arange(rows))
-            uid, calibration = "", calibrate(backend, kind, index, vectors, manifest.metric)
+            uid = ""
+            calibration = calibrate(backend, kind, index, vectors, manifest.metric, recall_target=recall_target)
     except (ValueError, KeyError, zipfile.BadZipFile, BackendError) as error:
         raise SnapshotDamaged(f"{name} cannot be used: take another snapshot ({error})") from error
     return Sealed(backend, manifest.params, index, calibration, ids, versions, columns, uid=uid)

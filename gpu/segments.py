@@ -160,8 +160,9 @@ class Sealed(Segment):
     ----------
     uid : str
         32 hexadecimal digits by which it is known in snapshots.
-    kept : dict of str to str
-        URLs of the places where this process knows it to be kept, and its manifest's checksum there.
+    kept : dict of str to (str, float or None)
+        URLs of the places where this process knows it to be kept, its manifest's checksum there, and when this process
+        last read its files there through (`time.monotonic`; None: never).
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Sealed(Segment):
     ) -> None:
         super().__init__()
         self.uid = uid or uuid.uuid4().hex
-        self.kept: dict[str, str] = {}
+        self.kept: dict[str, tuple[str, float | None]] = {}
         self._kind = backend.kinds[params.kind]
         self._xp = backend.xp
         self.params, self.index, self.calibration = params, index, calibration

@@ -11,10 +11,10 @@ Nothing here knows of the manifest that ties parts together: what no manifest na
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +24,22 @@ from headrace.gpu.checksums import checksum, checksum_of
 from headrace.gpu.errors import ConfigError, SnapshotDamaged
 from headrace.gpu.marks import Marks
 from headrace.gpu.moment_files import Description, Moment, batches
-from headrace.gpu.segment_files import MANIFEST, Manifest
+from headrace.gpu.segment_files import MANIFEST
 from headrace.gpu.segments import Sealed, View
+from headrace.gpu.snapshot_checks import manifest_of, verified
 from headrace.gpu.snapshot_place import AlreadyThere, Place
 from headrace.gpu.snapshot_wire import NAME, MomentFile, Part, SegmentFile
 from headrace.gpu.store import Store
 
-__all__ = ["Loaded", "MomentFile", "Part", "SegmentFile", "check", "read_into", "sweep", "write"]
+__all__ = ["Loaded", "MomentFile", "Part", "SegmentFile", "read_into", "write"]
 
 log = logging.getLogger("headrace.gpu")
 
 _ADOPTED_SHARE = 0.5
 """Of a segment's live rows that must be wanted for taking it over: with fewer it would be rewritten at once."""
+
+_CHECKED_EVERY = 24 * 3600.0
+"""Seconds after which a snapshot that relies on a segment's files reads them once more: media fail in silence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +68,10 @@ class Loaded:
 def write(store: Store, place: Place, snapshot: str, part: str, *, view: View | None = None) -> Part:
     """Write one view of a store. Blocks for as long as the place takes; nobody who uses the store waits for it.
 
-    Sealed segments that are at the place already, complete and with good checksums, are not written again: what this
-    process wrote or read there is known by its manifest and sizes, anything else is read through once. A write that was
-    interrupted can simply be done again.
+    Sealed segments that are at the place already, complete and with good checksums, are not written again. Their files
+    are read through when this process relies on them for the first time, and once a day; in between, manifest and sizes
+    are looked at. What is damaged is written again, for the rows are here. A write that was interrupted can simply be
+    done again.
 
     Parameters
     ----------
@@ -139,7 +144,7 @@ def _kept(store: Store, place: Place, segment: Sealed) -> tuple[int, str, bool]:
             return *there, False
         raise
     content = manifest.to_json()
-    segment.kept[place.url] = checksum(content)
+    segment.kept[place.url] = checksum(content), None  # written, not read: what the disk has made of it is not known
     return manifest.size + len(content), checksum(content), True
 
 
@@ -156,13 +161,15 @@ def _whole(place: Place, segment: Sealed) -> tuple[int, str] | None:
         short = [file for file, (size, _) in manifest.files.items() if sizes.get(file) != size]
         if short or (manifest.uid, manifest.rows) != (segment.uid, len(segment)):
             raise SnapshotDamaged(f"{place.shown(folder)} lacks some of {', '.join(short) or 'its rows'}")
-        if segment.kept.get(place.url) != digest:
+        known, checked = segment.kept.get(place.url, ("", None))
+        if known != digest or checked is None or time.monotonic() - checked > _CHECKED_EVERY:
+            checked = time.monotonic()
             with place.copy(folder, manifest.files) as files:
                 segment_files.verify(manifest, files, place.shown(folder))
     except SnapshotDamaged as error:
         log.warning("%s; it is written again", error)
         return None
-    segment.kept[place.url] = digest
+    segment.kept[place.url] = digest, checked
     return manifest.size + len(content), digest
 
 
@@ -210,25 +217,6 @@ def read_into(store: Store, place: Place, part: Part, cells: frozenset[int]) -> 
     return Loaded(rows, size + part.moment.bytes, adopted, rebuilt)
 
 
-def check(place: Place, part: Part) -> int:
-    """Compare every file of a part with its checksum, and load nothing; returns the bytes that were read.
-
-    Raises
-    ------
-    SnapshotDamaged
-        A file is missing or changed; the message names it.
-    SnapshotError
-        The place cannot be read.
-    """
-    for file in part.segments:
-        manifest = _manifest(place, file)
-        with place.copy(file.path, manifest.files) as files:
-            segment_files.verify(manifest, files, place.shown(file.path))
-    with _verified(place, part.moment):
-        pass
-    return part.size
-
-
 def _apply(
     store: Store,
     source: Sealed | moment_files.Rows,
@@ -241,50 +229,26 @@ def _apply(
 @contextmanager
 def _segment(store: Store, place: Place, file: SegmentFile, *, stays: bool) -> Iterator[Sealed]:
     """A segment of the place, in memory for the length of the block or for good."""
-    manifest, name = _manifest(place, file), place.shown(file.path)
+    manifest, name = manifest_of(place, file), place.shown(file.path)
     _same_collection(store, Description(manifest.dim, manifest.metric, manifest.ids), f"{name}/{MANIFEST}")
     with store.loading(file.bytes, stays=stays):
         with place.copy(file.path, manifest.files) as files:
             segment_files.verify(manifest, files, name)
-            sealed = segment_files.load(manifest, store.backend, files, name)
+            sealed = segment_files.load(manifest, store.backend, files, name, recall_target=store.index.recall_target)
         if sealed.uid == file.uid:
-            sealed.kept[place.url] = file.checksum
+            sealed.kept[place.url] = file.checksum, time.monotonic()
         yield sealed
-
-
-def _manifest(place: Place, file: SegmentFile) -> Manifest:
-    path = f"{file.path}/{MANIFEST}"
-    content, name = place.read(path), place.shown(path)
-    if content is None:
-        raise SnapshotDamaged(f"{name} is missing: take another snapshot")
-    if checksum(content) != file.checksum:
-        raise SnapshotDamaged(f"{name} is damaged or of another snapshot: take another snapshot")
-    manifest = segment_files.manifest_from(content, name)
-    if (manifest.uid, manifest.rows) != (file.uid, file.rows):
-        raise SnapshotDamaged(f"{name} is of the segment {manifest.uid}, not {file.uid}: take another snapshot")
-    return manifest
 
 
 def _moment(store: Store, place: Place, part: Part) -> Moment:
     name = place.shown(part.moment.path)
-    with _verified(place, part.moment) as file:
+    with verified(place, part.moment) as file:
         moment = moment_files.load(file, name)
     _same_collection(store, moment.about, name)
     told = {uid: len(marks) for uid, marks in moment.marks.items()}
     if told != {file.uid: file.rows for file in part.segments}:
         raise SnapshotDamaged(f"{name} is not of the segments that the snapshot names: take another snapshot")
     return moment
-
-
-@contextmanager
-def _verified(place: Place, moment: MomentFile) -> Iterator[Path]:
-    name = place.shown(moment.path)
-    with place.copy(moment.path) as file:
-        if not file.is_file():
-            raise SnapshotDamaged(f"{name} is missing: take another snapshot")
-        if checksum_of(file) != (moment.bytes, moment.checksum):
-            raise SnapshotDamaged(f"{name} is damaged: take another snapshot")
-        yield file
 
 
 def _same_collection(store: Store, found: Description, name: str) -> None:
@@ -305,31 +269,3 @@ def _are_of(cells: npt.NDArray[np.int32], wanted: frozenset[int]) -> npt.NDArray
 
 def _folder(uid: str) -> str:
     return f"segments/{uid}"
-
-
-# -- tidying up --------------------------------------------------------------------------------------------------------
-
-
-def sweep(place: Place, keep: Collection[Part]) -> int:
-    """Remove all segments and moments that no part of `keep` refers to, and what interrupted writes have left.
-
-    Never while any part is being written there. Returns the bytes that were removed.
-
-    Raises
-    ------
-    SnapshotError
-        The place cannot be listed, or something cannot be removed.
-    """
-    kept = {part.moment.path for part in keep} | {file.path for part in keep for file in part.segments}
-    there: dict[str, int] = {}
-    for name, size in place.sizes("segments").items():
-        path = _folder(name.split("/")[0])
-        there[path] = there.get(path, 0) + size
-    there |= {f"moments/{name}": size for name, size in place.sizes("moments").items()}
-    there |= {f"snapshots/{name}": 0 for name in place.unfinished("snapshots")}
-    gone = [path for path in there if path not in kept]
-    emptied = [f"moments/{name}" for name in place.names("moments")]
-    gone += [path for path in emptied if not any(file.startswith(f"{path}/") for file in kept)]
-    for path in gone:
-        place.remove(path)
-    return sum(there.get(path, 0) for path in gone)

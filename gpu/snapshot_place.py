@@ -111,8 +111,12 @@ class Place:
         with self._telling("list", path, remote=not self._local):
             if self._local:
                 folder = self._local_path(path)
-                files = [file for file in folder.rglob("*") if file.is_file()]
-                return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+                sizes: dict[str, int] = {}
+                for file in folder.rglob("*"):
+                    with suppress(FileNotFoundError):  # another has just renamed or removed it
+                        if file.is_file():
+                            sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+                return sizes
             self._fs.invalidate_cache()  # other workers write here, too
             with suppress(FileNotFoundError):
                 found = self._fs.find(self._at(path), detail=True)

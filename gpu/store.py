@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.gpu import reading, usage
-from headrace.gpu.applying import Decision, decide, strangers, without_rows
+from headrace.gpu.admission import PER_ID, Admission
+from headrace.gpu.applying import decide
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
 from headrace.gpu.digests import DigestedRows, digested
-from headrace.gpu.errors import ConfigError, RecordError, StoreFull
+from headrace.gpu.errors import ConfigError, RecordError
 from headrace.gpu.filters import Filter
 from headrace.gpu.ids import hash_ids
 from headrace.gpu.index_spec import IndexSpec
@@ -33,12 +34,12 @@ from headrace.gpu.places import by_segment, rows_of
 from headrace.gpu.rows import DELETED, Action, Applied, Batch, Found, Id, StoredRow
 from headrace.gpu.segments import Growing, Sealed, View
 from headrace.gpu.store_settings import StoreSettings
+from headrace.gpu.strays import drop_strays
 from headrace.gpu.table import Table
 
 __all__ = ["Applied", "Found", "Store", "StoreSettings", "StoredRow", "View"]
 
 _DROP, _HOLD = int(Action.DROP), int(Action.HOLD)
-_PER_ID = 64
 _PAUSE = 0.001  # a lock that is taken again at once is seldom had by those who wait for it
 
 
@@ -82,9 +83,9 @@ class Store:
         self.dim, self.metric, self.index, self.ids = dim, metric, index, ids
         self.backend = backend
         self._budget = budget or Budget(settings.memory_limit, settings.maintenance_memory)
-        self._full = ""  # what was refused last, and not accepted since
         seal_rows = seal_rows_that_fit(settings.seal_rows, index, dim, self._budget)
         self._table = Table(lambda: Growing(backend, dim, metric, index.dtype, ids, seal_rows), seal_rows, ids)
+        self._admission = Admission(self._table, self._budget, backend.xp, ids)
         self._maintenance = Maintenance(
             self._table,
             backend,
@@ -133,6 +134,9 @@ class Store:
         StoreFull
             Rows to hold would pass the memory limit. No row has been written or replaced, and the stamp is the one
             before. But what the batch takes away has gone, because that makes room: doing it again changes nothing.
+        RecordTooLarge
+            The same, and no tidying up can help: the one row that the batch has to write takes more than an empty
+            store has room for. Of several rows this is not said: send them one by one.
         """
         self._check(batch)
         hashes = hash_ids(batch.ids, self.ids)
@@ -147,7 +151,7 @@ class Store:
             decision = decide(batch, known)
             if not relabel:
                 decision = replace(decision, relabel=decision.relabel[:0])
-            decision, refused = self._admit(batch, decision)
+            decision, refused = self._admission.admit(batch, decision)
             # A batch that is tried again and again must not look like writing: a store that rests tidies up.
             if refused is None or len(decision.kill) or len(decision.remember) or len(decision.relabel):
                 table.carry_out(decision, batch, hashes, entries, places)
@@ -186,59 +190,13 @@ class Store:
             if largest > float(np.finfo(np.float16).max):
                 raise ValueError(f"a vector has the number {largest:g}, too large for float16: use dtype float32")
 
-    def _admit(self, batch: Batch, decision: Decision) -> tuple[Decision, StoreFull | None]:
-        """What of a decision there is room for: all of it, or what needs none and why the rest is refused."""
-        if self._budget.limit is None or not (len(decision.insert) or len(decision.remember)):
-            return decision, None
-        try:
-            self._room_for(self._growth(batch, decision), self._deletions(batch, strangers(decision)))
-        except StoreFull as error:
-            refused = error
-        else:
-            return decision, None
-        rest = without_rows(decision, batch, strangers_too=False)
-        try:
-            self._room_for(0, self._deletions(batch, strangers(rest)))
-        except StoreFull as error:
-            return without_rows(decision, batch, strangers_too=True), error
-        return rest, refused
-
-    def _growth(self, batch: Batch, decision: Decision) -> int:
-        """Bytes that the rows to insert will take."""
-        at, held = decision.insert.tolist(), decision.vector_rows.tolist()
-        if not at:
-            return 0
-        attributes: Mapping[str, Sequence[Any]] = batch.attributes
-        if len(held) < len(batch.vectors):
-            attributes = {name: [values[row] for row in held] for name, values in attributes.items()}
-        ids = batch.ids if len(at) == len(batch.ids) else [batch.ids[row] for row in at]
-        return self._table.growing.growth(ids, attributes) + _PER_ID * len(at)
-
-    def _deletions(self, batch: Batch, at: npt.NDArray[np.int64]) -> int:
-        """Bytes that remembering the deletions at these positions will take."""
-        ids = [batch.ids[row] for row in at.tolist()]
-        return self._table.remembered.growth(ids) + _PER_ID * len(ids) if ids else 0
-
-    def _room_for(self, rows: int, deletions: int = 0) -> None:
-        """Raise `StoreFull` if there is no room for so many more bytes."""
-        if self._budget.limit is None:
-            return
-        self._budget.holds(self._table, usage.held(self._table))
-        try:
-            self._budget.admit(rows, deletions)
-        except StoreFull:
-            self._full = "rows" if rows else "deletions"
-            raise
-        if rows or self._full == "deletions":
-            self._full = ""
-
     def forget(self, stable: Mapping[int, int]) -> None:
         """Drop remembered deletions below `stable`: offsets below which nothing older will be delivered any more.
 
         Not to be called while rows move between workers: a moved row carries an old version.
         """
         with self._table.lock:
-            self._table.remembered.forget(stable, now=bool(self._full))
+            self._table.remembered.forget(stable, now=self._admission.full)
 
     def adopt(self, sealed: Sealed, marks: Marks) -> int:
         """Take over a sealed segment that was read from a snapshot, with its index; returns the rows that are new.
@@ -262,8 +220,7 @@ class Store:
         """
         table = self._table
         with table.lock:
-            size = sum(sealed.nbytes().values()) + marks.nbytes + marks.live * _PER_ID
-            self._room_for(size)
+            self._admission.look(sum(sealed.nbytes().values()) + marks.nbytes + marks.live * PER_ID)
             table.begin_adopting(sealed, marks.cells)
         try:
             for rows in chunks(np.flatnonzero(marks.alive)):
@@ -294,9 +251,7 @@ class Store:
             There is no room.
         """
         with self._table.lock:
-            self._budget.holds(self._table, usage.held(self._table))
-            if stays:
-                self._room_for(size)
+            self._admission.look(size if stays else 0)
         with self._budget.load(size):
             yield
 
@@ -309,6 +264,12 @@ class Store:
             dropped = self._table.drop(np.fromiter(keep, dtype=np.int32, count=len(keep)), at_most)
             self._table.publish()
         return dropped
+
+    def drop_strays(self, ids: Sequence[Id]) -> int:
+        """Remove the rows of `ids` that a damaged store answers with beside, or without, those that it knows of; how
+        many. See `headrace.gpu.strays`.
+        """
+        return drop_strays(self._table, ids, hash_ids(ids, self.ids))
 
     def stamp(self, stamp: Mapping[int, int]) -> None:
         """Publish a new stamp with no rows."""
@@ -428,7 +389,7 @@ class Store:
         budget = self._budget
         budget.holds(self._table, held)
         memory = {"held": held, "all": budget.held, "working": budget.working, "limit": budget.limit}
-        return {**told, "rewriting": self._maintenance.rewriting, "memory": {**memory, "full": bool(self._full)}}
+        return {**told, "rewriting": self._maintenance.rewriting, "memory": {**memory, "full": self._admission.full}}
 
     # -- in the background ---------------------------------------------------------------------------------------------
 

@@ -172,10 +172,12 @@ def _show(state: Mapping[str, Any]) -> None:
         "snapshot": (state["snapshots"]["last"] or {}).get("name", ""),
     }
     table(state["name"], ["", "collection"], [(key, value) for key, value in facts.items() if value != ""])
+    shared = any(worker["role"] != "both" for worker in state["workers"])
     rows = [
         (
             worker["address"],
             worker["state"],
+            *([worker["role"]] if shared else []),
             worker.get("rows", "?"),
             worker.get("segments", "?"),
             f"{worker.get('bytes', 0) / 2**20:.1f}",
@@ -183,7 +185,7 @@ def _show(state: Mapping[str, Any]) -> None:
         )
         for worker in state["workers"]
     ]
-    names = ["worker", "state", "rows", "segments", "MiB", "recall"]
+    names = ["worker", "state", *(["role"] if shared else []), "rows", "segments", "MiB", "recall"]
     table("", names, rows, right=["rows", "segments", "MiB"])
     for sentence in [*state.get("notes", []), *state.get("alarms", [])]:
         click.echo(f"! {sentence}")

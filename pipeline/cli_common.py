@@ -52,7 +52,7 @@ debug_option = click.option(
 )
 cluster_option = click.option(
     "--cluster",
-    default="tcp://127.0.0.1:8786",
+    default="127.0.0.1:8786",
     show_default=True,
     metavar="ADDRESS",
     help="The cluster's scheduler, as `headrace up` prints it.",
@@ -104,7 +104,10 @@ def shielded() -> Iterator[None]:
 def connected(address: str) -> Iterator[Database]:
     """A client of the cluster at `address`, closed at the end."""
     import headrace
+    from headrace.pipeline import encryption
 
+    if address.startswith("tls://"):
+        encryption.check_certificates("client", of=address)  # what lacks there is no mistake in the command line
     with typed():
         database = headrace.connect(address, timeout=PATIENCE)
     with database:

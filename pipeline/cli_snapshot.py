@@ -24,10 +24,18 @@ __all__ = ["bring_back", "keep_at", "recovery_table", "restore", "snapshot"]
 @click.option("--every", type=click.FloatRange(0), help="From now on take one every so many seconds; 0 ends that.")
 @click.option("--keep", type=click.IntRange(0), help="Keep so many there, the newest ones.  [default: all]")
 @click.option("--list", "listing", is_flag=True, help="Show what is at a place; NAME is then the folder or URL.")
+@click.option("--check", is_flag=True, help="With --list: read every file there and say which snapshots are whole.")
 @cluster_option
 @json_option
 def snapshot(
-    name: str, url: str | None, every: float | None, keep: int | None, listing: bool, cluster: str, as_json: bool
+    name: str,
+    url: str | None,
+    every: float | None,
+    keep: int | None,
+    listing: bool,
+    check: bool,
+    cluster: str,
+    as_json: bool,
 ) -> None:
     """Write collection NAME to the folder or URL; reads and writes go on, and what was written before stays.
 
@@ -35,20 +43,22 @@ def snapshot(
     Examples:
       headrace snapshot docs /var/snapshots/docs
       headrace snapshot docs s3://bucket/docs --every 600 --keep 5
-      headrace snapshot --list s3://bucket/docs
+      headrace snapshot --list s3://bucket/docs --check
     """
     if listing is (url is not None):
         raise click.UsageError("give a collection and a folder or URL; or --list and a folder or URL")
+    if check and not listing:
+        raise click.UsageError("--check goes with --list and a folder or URL")
     with connected(cluster) as database:
         if url is None:
-            found = database.snapshots(name)
+            found = database.snapshots(name, check=check)
         else:
             found = [database.collection(name).snapshot(url, every=every, keep=keep)]
     if as_json:
         plain = [asdict(one) for one in found]
         click.echo(plain_json(plain if listing else plain[0]))
     else:
-        _show(found)
+        _show(found, "whole" if check else "good")
 
 
 @click.command(cls=Command, short_help="Make a collection from a snapshot.")
@@ -57,6 +67,9 @@ def snapshot(
 @click.option("--snapshot", "which", metavar="NAME", help="Which one.  [default: the newest that is not damaged]")
 @click.option("--replicas", type=click.IntRange(1), help="Copies of each cell.  [default: as before]")
 @click.option("--no-ingest", is_flag=True, help="Restore the rows alone, and never read a topic.")
+@click.option(
+    "--take-over", is_flag=True, help="Snapshots of it go there from now on; whoever wrote them is refused there then."
+)
 @click.option("--deadline", default=3600.0, show_default=True, help="Seconds.")
 @cluster_option
 @json_option
@@ -66,6 +79,7 @@ def restore(
     which: str | None,
     replicas: int | None,
     no_ingest: bool,
+    take_over: bool,
     deadline: float,
     cluster: str,
     as_json: bool,
@@ -74,11 +88,13 @@ def restore(
 
     \b
     Examples:
-      headrace restore s3://bucket/docs
+      headrace restore s3://bucket/docs --take-over
       headrace restore /var/snapshots/docs --collection docs2 --json
     """
     with connected(cluster) as database:
-        told = database.restore(url, name, snapshot=which, replicas=replicas, ingest=not no_ingest, deadline=deadline)
+        told = database.restore(
+            url, name, snapshot=which, replicas=replicas, ingest=not no_ingest, take_over=take_over, deadline=deadline
+        )
     if as_json:
         click.echo(plain_json(asdict(told)))
     else:
@@ -100,17 +116,38 @@ def keep_at(url: str | None) -> str:
 
 
 def bring_back(database: Database, url: str) -> None:
-    """Restore every collection that has snapshots below `url` and is not there; say so of each, also if it failed."""
+    """Restore every collection that has snapshots below `url` and is not there; say so of each, also if it failed.
+
+    This cluster was given the place to write to, so they are taken over. One that was dropped does not come back by
+    itself; of several folders with one name's, the one with the newest snapshot counts.
+    """
+    from headrace.cluster.snapshot_owner import read_mark
     from headrace.gpu.errors import HeadraceError
     from headrace.gpu.snapshot_place import Place
     from headrace.pipeline import config
 
-    for folder in Place(url, config.snapshot_options()).names(""):
+    options, newest = config.snapshot_options(), dict[str, tuple[float, str]]()
+    for folder in Place(url, options).names(""):
         try:
             found = database.snapshots(f"{url}/{folder}")
-            if not found or {one.collection for one in found} & set(database.collections()):
+        except HeadraceError as error:
+            click.echo(f"! {folder} is not restored: {error}", err=True)
+            continue
+        good = [one for one in found if not one.problem]
+        for one in found:
+            name, at = (one.collection, one.created) if good else (folder, 0.0)
+            newest[name] = max(newest.get(name, (0.0, "")), (at, folder))
+    there = set(database.collections())
+    for name, (_, folder) in sorted(newest.items()):
+        if name in there:
+            continue
+        place = f"{url}/{folder}"
+        try:
+            mark = read_mark(Place(place, options))
+            if mark is not None and mark.ended:
+                click.echo(f"  {name} was dropped and stays so; headrace restore {place} brings it back")
                 continue
-            recovery_table(database.restore(f"{url}/{folder}"))
+            recovery_table(database.restore(place, take_over=True))
         except HeadraceError as error:
             click.echo(f"! {folder} is not restored: {error}", err=True)
 
@@ -135,7 +172,7 @@ def recovery_table(told: Restoration) -> None:
         click.echo(f"{told.replayed} records were read from the log, and it is not up to date yet")
 
 
-def _show(found: Sequence[Snapshot]) -> None:
+def _show(found: Sequence[Snapshot], sound: str) -> None:
     rows = [
         (
             one.name,
@@ -143,7 +180,7 @@ def _show(found: Sequence[Snapshot]) -> None:
             f"{one.bytes_written / 1e6:.1f}" if not one.problem else "",
             f"{one.bytes / 1e6:.1f}" if not one.problem else "",
             f"{one.seconds:.2f}" if not one.problem else "",
-            one.problem or "good",
+            one.problem or sound,
         )
         for one in found
     ]

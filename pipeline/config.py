@@ -52,6 +52,9 @@ DASK_DEFAULTS: Mapping[str, Any] = {
     "distributed.scheduler.worker-ttl": "30s",
     # Rows live on a worker, not in its tasks: what was sent to a worker is meant for that one.
     "distributed.scheduler.work-stealing": False,
+    # Whoever dies is started again by its nanny, however long that takes. Dask would close the nanny of a worker that
+    # is not there 15 s after it died: it was killed again meanwhile, or is slow to start on a busy machine.
+    "distributed.deploy.lost-worker-timeout": "365d",
     # A task is not to blame for the workers that are killed under it.
     "distributed.scheduler.allowed-failures": 10,
     "distributed.scheduler.no-workers-timeout": "5s",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from distributed import Client
+from distributed.comm.core import CommClosedError, FatalCommClosedError
+
+from headrace.pipeline.encryption import refusal
 
 __all__ = ["PatientClient"]
 
 log = logging.getLogger("headrace.pipeline")
 
-_PAUSE = 0.1
+_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 _TRY_SECONDS = 2.0
 
 
@@ -33,6 +37,23 @@ class PatientClient(Client):
                 await self._close()
             raise
 
+    async def _ensure_connected(self, timeout: float | None = None) -> None:
+        """As Dask's, and again until the timeout if the scheduler goes while it greets: another may take its place."""
+        until = None if timeout is None else time.monotonic() + timeout
+        pause = _PAUSE
+        while True:
+            left = None if until is None else max(_PAUSE, until - time.monotonic())
+            try:
+                await super()._ensure_connected(timeout=left)  # type: ignore[no-untyped-call]
+                return
+            except FatalCommClosedError:
+                raise
+            except CommClosedError as error:
+                if until is None or time.monotonic() >= until or refusal(error):
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
     async def _reconnect(self) -> Any:
         if not hasattr(self, "_ensure_connected"):
             return await super()._reconnect()
@@ -45,7 +66,7 @@ class PatientClient(Client):
         self.futures.clear()
         while self.status == "connecting":
             try:
-                await self._ensure_connected(timeout=_TRY_SECONDS)  # type: ignore[no-untyped-call]
+                await self._ensure_connected(timeout=_TRY_SECONDS)
                 log.warning("the scheduler %s is back", address)
                 return None
             except (OSError, TimeoutError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 from headrace.cluster.coordinator import CoordinatorSettings
 from headrace.cluster.scheduler import HeadraceScheduler
 from headrace.cluster.snapshot_settings import SnapshotSettings
-from headrace.gpu.errors import ConfigError
+from headrace.gpu.errors import ClusterError, ConfigError
 from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
-from headrace.pipeline import config
+from headrace.pipeline import config, encryption
 from headrace.pipeline.arguments import snapshot_url
-from headrace.pipeline.ingest import IngestSettings
+from headrace.pipeline.ingest_settings import IngestSettings
 from headrace.pipeline.node import HeadraceWorker
 from headrace.streams.reader import ReaderSettings
 
 __all__ = [
+    "cannot_listen",
     "check_host",
     "cluster_options",
     "dashboard_address",
@@ -27,27 +29,45 @@ __all__ = [
 ]
 
 
+_CURES = {
+    errno.EADDRINUSE: "is the port taken?",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+    errno.EACCES: "ports below 1024 are the administrator's",
+}
+"""What to do about an address at which nothing can listen."""
+
+
 def check_host(host: str) -> None:
     """Refuse to listen where others can reach: whoever reaches a Dask port can run code there.
 
     Raises
     ------
     ConfigError
-        `host` is no loopback address and Dask is not told to require encryption (TLS).
+        `host` is no loopback address and Dask is not told to require encryption (TLS); or it is, and has no
+        certificates.
     """
-    import dask
-
-    if dask.config.get("distributed.comm.require-encryption", None):
-        return
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if encryption.required():
+        encryption.check_certificates("scheduler", "worker", "client")
+    elif not _loopback(host):
         raise ConfigError(
             f"refusing to listen on {host} without TLS, because whoever reaches a Dask port can run code: "
             "use 127.0.0.1, or set distributed.comm.require-encryption and the certificates under distributed.comm.tls"
         )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def cannot_listen(what: str, host: str, port: int, error: BaseException) -> ClusterError:
+    """The sentence for what could not begin to listen; Dask hides the cause behind an error of its own."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    cure = _CURES.get(getattr(error, "errno", None) or 0, "")
+    return ClusterError(f"no {what} can listen at {host}:{port} ({error}){f': {cure}' if cure else ''}")
 
 
 def refuse_for_a_running_cluster(**given: object) -> None:
@@ -128,6 +148,7 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
         rebalance_rows=config.get("placement.rebalance-rows"),
         silence=config.get("ingest.apply-deadline"),
         grace=config.get("scheduler.grace"),
+        drain=config.get("worker.drain"),
         snapshots=SnapshotSettings(
             url=snapshot_url(config.get("snapshots.url") or ""),
             every=config.get("snapshots.every"),
@@ -155,7 +176,18 @@ def plugins_from_config(workers: int = 1, backend: str | None = None) -> tuple[H
 
 
 def dashboard_address(dashboard: str | None, host: str) -> str:
-    """Where the dashboard listens: on `host`, not, as Dask would have it, on every address of the machine."""
+    """Where the dashboard listens.
+
+    A bare ``:port`` is for this machine alone, wherever the scheduler listens: Dask would take every address of the
+    machine, and asks nobody who looks at it for a certificate.
+
+    Raises
+    ------
+    ConfigError
+        As `check_host`; or there is no port in `dashboard`.
+    """
     given, _, port = (dashboard or ":0").rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
+        raise ConfigError(f"dashboard={dashboard!r} cannot be: give a port such as ':8787', or an address and a port")
     check_host(given or host)
-    return f"{given or host}:{port}"
+    return f"{given or (host if _loopback(host) else '127.0.0.1')}:{port}"

@@ -25,7 +25,9 @@ from headrace.cluster.state import CollectionState
 from headrace.cluster.wire import rows_from_wire
 from headrace.gpu.errors import ClusterError, StoreFull
 from headrace.gpu.rows import Id
-from headrace.pipeline.ingest import Ingest, Node, route
+from headrace.pipeline.ingest import Ingest
+from headrace.pipeline.ingest_settings import Node
+from headrace.pipeline.micro_batch import route
 from headrace.streams.encode import encode_key
 from headrace.streams.lookup import Looked, look_up
 from headrace.streams.topics import Offsets

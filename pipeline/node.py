@@ -20,11 +20,13 @@ from headrace.cluster.worker import WorkerNode
 from headrace.gpu.errors import BrokerError, ClusterError, EncoderError, HeadraceError, StaleEpoch
 from headrace.gpu.gather import GatherSettings
 from headrace.gpu.store import StoreSettings
+from headrace.pipeline import config
 from headrace.pipeline.encoders import load_encoder
 from headrace.pipeline.ends import Ends
-from headrace.pipeline.ingest import Encode, Ingest, IngestSettings
+from headrace.pipeline.ingest import Ingest
+from headrace.pipeline.ingest_settings import Encode, IngestSettings
 from headrace.pipeline.mending import Mender
-from headrace.streams.topic_identity import Seen
+from headrace.streams.topic_identity import Seen, another
 from headrace.streams.topics import Offsets
 
 __all__ = ["HeadraceWorker"]
@@ -66,7 +68,8 @@ class HeadraceWorker(WorkerNode):
         return time.time()
 
     async def setup(self, worker: Any) -> None:
-        self._seed = self.seeded()  # before it holds what cannot travel
+        self._seed = self.seeded()  # before it holds what cannot travel, and what is this worker's alone
+        self.role = config.get("worker.role")
         self._ingests: dict[str, Ingest] = {}
         self._following: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -211,19 +214,35 @@ class HeadraceWorker(WorkerNode):
         return {"vectors": floats_to_wire(vectors)}
 
     async def on_offsets(self, collection: str, max_age: float, deadline_s: float = 5.0) -> dict[str, Any]:
-        """The topic's end offsets, as they were at most `max_age` seconds ago; `BrokerError` if Kafka does not say."""
+        """The topic's end offsets, as they were at most `max_age` seconds ago, and the epoch that they belong to.
+
+        Raises
+        ------
+        BrokerError
+            Kafka does not say.
+        StaleEpoch
+            Kafka has another topic of that name now. The scheduler is told at once, and what is here is not asked
+            about any more: offsets of the new topic say nothing about rows of the old one.
+        """
         source = self.replica(collection).state.source
         if source is None:
-            return {"offsets": []}
+            return {"offsets": [], "epoch": 0}
         if collection not in self._ends or self._ends[collection][0] != source:  # the topic may have been made anew
             kafka = dict(self._ingest_settings.reader.kafka)
             self._ends[collection] = source, Ends(source.bootstrap, source.topic, kafka, self._blocking)
+        asked = self._ends[collection][1]
         try:
             async with asyncio.timeout(deadline_s):
-                ends = await self._ends[collection][1].known(max_age)
+                ends = await asked.known(max_age)
         except TimeoutError as error:
             raise BrokerError(f"Kafka ({source.bootstrap}) did not say within {deadline_s:.3g} s") from error
-        return {"offsets": offsets_to_wire(ends)}
+        if another(source.topic_id, asked.seen.topic_id):
+            self.topic_found(collection, source.topic_id, asked.seen)
+            raise StaleEpoch(f"topic {source.topic!r} was made anew: its records are not read by {self.address} yet")
+        state = self.replica(collection).state
+        if state.source != source:
+            raise StaleEpoch(f"{self.address} has begun to read another topic for {collection!r}")
+        return {"offsets": offsets_to_wire(ends), "epoch": state.epoch}
 
     async def on_mend(
         self, collection: str, epoch: int, ids: Sequence[Any], anew: Sequence[bool], deadline_s: float

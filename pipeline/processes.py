@@ -18,11 +18,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from headrace.cluster.calls import call
 from headrace.cluster.staying import leave
-from headrace.gpu.errors import ClusterError
-from headrace.pipeline import config
+from headrace.gpu.errors import ClusterError, HeadraceError
+from headrace.pipeline import config, encryption
 from headrace.pipeline.cli_common import shielded
-from headrace.pipeline.launch import check_host, dashboard_address, plugins_from_config
+from headrace.pipeline.launch import cannot_listen, check_host, dashboard_address, plugins_from_config
 
 __all__ = ["Child", "end_with_parent", "run_scheduler", "run_workers"]
 
@@ -31,6 +32,8 @@ log = logging.getLogger("headrace.pipeline")
 _PAUSES = (0.2, 5.0)
 _END_SECONDS = 20.0
 _LOOK = 0.1
+_GRACE = 2.0
+"""Seconds by which the scheduler's answer may come after its own deadline."""
 
 
 async def run_scheduler(
@@ -60,7 +63,13 @@ async def run_scheduler(
     where = dashboard_address(dashboard, host)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Port \d+ is already in use", UserWarning)  # told below, as a sentence
-        scheduler = Scheduler(host=host, port=port, dashboard_address=where, plugins=[plugin])
+        try:
+            scheduler = Scheduler(
+                host=host, port=port, protocol=encryption.scheme(), dashboard_address=where, plugins=[plugin]
+            )
+        except OSError as error:
+            at, _, number = where.rpartition(":")
+            raise cannot_listen("dashboard", at, int(number), error) from error
     listens = scheduler.http_server.port  # type: ignore[attr-defined]
     if (taken := where.rpartition(":")[2]) not in ("0", str(listens)):
         log.warning("port %s is taken: the dashboard listens at port %d", taken, listens)
@@ -68,7 +77,7 @@ async def run_scheduler(
     try:
         await scheduler
     except (OSError, RuntimeError) as error:
-        raise ClusterError(f"no scheduler can listen at {host}:{port} ({error}): is the port taken?") from error
+        raise cannot_listen("scheduler", host, port, error) from error
     ready(scheduler.address)
     await stopped.wait()
     await plugin.close()
@@ -76,30 +85,40 @@ async def run_scheduler(
     await scheduler.close(reason="headrace-stopped")
 
 
-async def run_workers(address: str, count: int, host: str) -> None:
+async def run_workers(address: str, count: int, host: str, role: str | None = None) -> None:
     """Run `count` worker processes, started again when they die, until SIGTERM or Ctrl-C, or the cluster ends.
+
+    Told to end, they do so once others have what they hold, or after ``headrace.worker.drain``; told twice, at once.
+
+    Parameters
+    ----------
+    role : {"ingest", "search", "both"}, optional
+        As configured if left out.
 
     Raises
     ------
     ConfigError
-        As `check_host`.
+        As `check_host` and `encryption.checked_address`.
     ClusterError
         No scheduler answers at `address`.
     """
     from distributed import Nanny
 
     check_host(host)
+    address = encryption.checked_address(address, "worker")
     config.apply_dask_defaults()
     logging.getLogger("distributed").setLevel(logging.WARNING)
     stopped = _signalled()
+    patience = config.get("worker.drain")
     nannies = [
         Nanny(
             address,
             nthreads=1,
             host=host,
             memory_limit=0,
-            dashboard_address=f"{host}:0",
+            dashboard_address=dashboard_address(None, host),
             silence_logs=logging.WARNING,
+            config=None if role is None else {"headrace": {"worker": {"role": role}}},  # for the worker's own process
         )
         for _ in range(count)
     ]
@@ -115,14 +134,30 @@ async def run_workers(address: str, count: int, host: str) -> None:
         if starting.done():
             starting.result()
             await _first(stopped.wait(), finished())
+            if stopped.is_set() and patience:
+                stopped.clear()
+                await _first(_emptied(nannies, patience), stopped.wait(), finished())
     except (OSError, TimeoutError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        cure = "is its scheduler running?" if isinstance(cause, OSError | TimeoutError) else "its process ended"
+        if why := encryption.refusal(cause):
+            cure = f"its scheduler does not have certificates of the same set ({why})"
+        else:
+            cure = "is its scheduler running?" if isinstance(cause, OSError | TimeoutError) else "its process ended"
         raise ClusterError(
             f"no worker could be started for {address} ({type(error).__name__}: {error}): {cure}"
         ) from error
     finally:
         await _end(nannies, starting)
+
+
+async def _emptied(nannies: Sequence[Any], patience: float) -> None:
+    """Return when others have what these workers hold, or nobody can say so."""
+    addresses = [nanny.worker_address for nanny in nannies if nanny.worker_address]
+    scheduler = nannies[0].scheduler.address
+    try:
+        await call(nannies[0].rpc, scheduler, "retire", deadline=patience + _GRACE, workers=addresses)
+    except HeadraceError as error:
+        log.warning("the workers end without being emptied: %s", error)
 
 
 async def _first(*awaitables: Awaitable[Any]) -> None:

@@ -206,7 +206,8 @@ class Snapshot:
     offsets : dict of int to int
         Topic partition to the offset from which the log is read behind it.
     problem : str
-        Why it cannot be restored; empty if nothing is known against it. Its files are read only when it is.
+        Why it cannot be restored; empty if nothing is known against it. Its files are read only when it is, or with
+        ``check=True``.
     """
 
     name: str

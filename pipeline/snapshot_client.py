@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from headrace.cluster.calls import Call
 from headrace.cluster.wire import offsets_from_wire
-from headrace.gpu.errors import BrokerError, ConfigError, EncoderError, HeadraceError, SnapshotError, TopicError
+from headrace.gpu.errors import (
+    BrokerError,
+    ClusterError,
+    ConfigError,
+    EncoderError,
+    HeadraceError,
+    SnapshotError,
+    TopicError,
+)
 from headrace.pipeline import config
 from headrace.pipeline.arguments import count, snapshot_url
 from headrace.pipeline.results import Loaded, Restoration, Snapshot
 from headrace.streams.topic_identity import another
 from headrace.streams.topics import Offsets
 
-__all__ = ["check_encoder", "check_topic", "listed", "newest", "restoration", "take"]
+__all__ = ["check_encoder", "check_topic", "listed", "load", "newest", "restoration", "shown", "take"]
 
 log = logging.getLogger("headrace.pipeline")
+
+_CHECKING = 24 * 3600.0
+"""Seconds: as long as reading all of a place may take."""
 
 Ask = Callable[..., Awaitable[dict[str, Any]]]
 """``await ask(op, deadline=seconds, **message)`` of the scheduler."""
@@ -44,9 +56,9 @@ async def take(ask: Ask, collection: str, url: Any, every: Any, keep: Any, deadl
     return _snapshot(told, place)
 
 
-async def listed(ask: Ask, url: Any) -> list[dict[str, Any]]:
-    """All snapshots at a place, oldest first, as `snapshots.Manifest.told`."""
-    answer = await ask("snapshots", deadline=60.0, url=_place(url))
+async def listed(ask: Ask, url: Any, check: bool = False) -> list[dict[str, Any]]:
+    """All snapshots at a place, oldest first, as `snapshots.Manifest.told`; with `check` all their files are read."""
+    answer = await ask("snapshots", deadline=_CHECKING if check else 60.0, url=_place(url), check=bool(check))
     return list(answer["snapshots"])
 
 
@@ -116,6 +128,31 @@ def check_topic(told: Mapping[str, Any]) -> None:
                 f"topic {topic!r}, topic partition {tp}, ends at offset {ends.get(tp, 0)} and the snapshot at "
                 f"{offset}: the topic was made anew or has lost records; {cure}"
             )
+
+
+async def load(ask: Ask, name: str, until: float, /, **message: Any) -> dict[str, Any]:
+    """Have a snapshot loaded as collection `name`; see `Database.restore`.
+
+    Parameters
+    ----------
+    until : float
+        When the answer must be there, ``time.monotonic()``.
+
+    Raises
+    ------
+    ClusterError
+        It was not; the message says what becomes of the collection.
+    """
+    deadline = max(0.001, until - time.monotonic())
+    try:
+        return await ask("restore", deadline=deadline, **message)
+    except ClusterError as error:
+        if not isinstance(error.__cause__, TimeoutError):
+            raise
+        raise ClusterError(
+            f"collection {name!r} was not loaded within {deadline:.3g} s, and the cluster goes on loading it: look at "
+            "it with 'headrace status', or drop it to call it off"
+        ) from error
 
 
 def restoration(told: Mapping[str, Any], collection: str, replayed: int, caught_up: float | None) -> Restoration:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from headrace.cluster.roles import BOTH, may_ingest
 from headrace.cluster.state import CollectionState
 from headrace.pipeline.clocks import apart, clock_notes
 from headrace.pipeline.metrics import Histogram
@@ -37,6 +38,16 @@ def summarise(
     notes = []
     if short:
         notes.append(f"{len(short)} of {len(state.cells)} cells have fewer than {state.spec.replicas} complete copies")
+    if not state.members:
+        notes.append(
+            "no worker that may hold rows is there: records wait in Kafka, and reads for a worker; start one with the "
+            "role 'search' or 'both'"
+        )
+    elif state.source and not may_ingest(state.members, state.roles):
+        notes.append(
+            "no worker that may read the topic is there: records wait in Kafka; start one with the role 'ingest' or "
+            "'both'"
+        )
     if silent:
         notes.append(f"no answer from {', '.join(silent)}")
     full = {str(worker["address"]) for worker in workers if worker.get("memory", {}).get("full")}
@@ -49,9 +60,9 @@ def summarise(
     if mortal := {str(why) for worker in workers if (why := worker.get("ends_with_scheduler"))}:
         notes.append(f"workers end when the scheduler does: {', '.join(sorted(mortal))}")
     if state.restoring:
-        notes.append(
-            f"snapshot {state.restoring.snapshot} is being loaded from {state.restoring.url}: reads wait for it"
-        )
+        loading = f"snapshot {state.restoring.snapshot or 'not chosen yet'} is being loaded from {state.restoring.url}"
+        hindered = f"; it is not loaded yet: {state.snapshots.obstacle}" if state.snapshots.obstacle else ""
+        notes.append(f"{loading}: reads wait for it{hindered}")
     if state.snapshots.failed:
         notes.append(f"the last snapshot failed: {state.snapshots.failed}")
     kafka_away = [_outage(ingest) for ingest in ingests if ingest["kafka_away"]]
@@ -155,7 +166,9 @@ def _time(seconds: float) -> str:
 def _worker(worker: Mapping[str, Any], state: CollectionState) -> dict[str, Any]:
     shown = {name: value for name, value in worker.items() if name not in ("cell_sizes", "ends_with_scheduler")}
     if worker["address"] in state.leaving and "rows" in worker:
-        shown["state"] = "draining" if worker["rows"] else "drained"
+        busy = worker["rows"] or worker["address"] in state.readers.values()
+        shown["state"] = "draining" if busy else "drained"
+    shown["role"] = state.roles.get(worker["address"], BOTH)
     if "watermarks" in shown:
         shown["watermarks"] = dict(shown["watermarks"])
         shown["segment_sizes"] = [dict(segment) for segment in shown["segments"]]

@@ -48,6 +48,9 @@ PROFILES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 # Java's default, which all Kafka clients know: every producer, in whatever language, must map an id to the same topic
 # partition, or two versions of one id could not be compared. (librdkafka's own default, CRC32, is known to few.)
 _PARTITIONER = "murmur2_random"
+# A topic that is made anew may have another number of topic partitions, by which ids map otherwise. librdkafka looks
+# every 5 minutes; as often as the topic's reader does (`TopicWatch`) costs one small request a second.
+_LOOK_AT_TOPIC_MS = "1000"
 _DEFAULT_MAX_BYTES = 1_000_000
 _QUEUE_PATIENCE = 10.0
 """Seconds that `send` waits for room in a full queue."""
@@ -99,6 +102,7 @@ class RecordProducer:
         if given.get("partitioner", _PARTITIONER) != _PARTITIONER:
             raise ConfigError(f"partitioner {given['partitioner']!r} would map ids otherwise: use {_PARTITIONER!r}")
         config: dict[str, Any] = {**COMMON_SETTINGS, **PROFILES[profile], "partitioner": _PARTITIONER}
+        config["topic.metadata.refresh.interval.ms"] = _LOOK_AT_TOPIC_MS
         if create_topic:
             config["allow.auto.create.topics"] = "true"
         config.update(given)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from headrace.gpu.errors import ConfigError, TopicError
 from headrace.streams.clients import COMMON_SETTINGS, KafkaLog, is_embedded, no_broker, retriable
+from headrace.streams.topic_identity import Seen
 
 __all__ = ["Offsets", "id_of", "topic_partitions"]
 
@@ -59,15 +62,20 @@ def id_of(admin: AdminClient, topic: str, cluster_id: str | None, deadline: floa
     KafkaException
         No answer within `deadline` seconds, or an error.
     """
-    if is_embedded(cluster_id):
-        return ""
+    return "" if is_embedded(cluster_id) else _seen(_described(admin, topic, deadline), deadline).topic_id
+
+
+def _described(admin: AdminClient, topic: str, deadline: float) -> Future[Any]:
+    return admin.describe_topics(TopicCollection([topic]), request_timeout=deadline)[topic]
+
+
+def _seen(described: Future[Any], deadline: float) -> Seen:
     try:
-        asked = admin.describe_topics(TopicCollection([topic]), request_timeout=deadline)
-        described = asked[topic].result(2 * deadline)
+        found = described.result(2 * deadline)
     except TimeoutError as failure:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from failure
-    found = str(described.topic_id)
-    return "" if found == _NO_ID else found
+    topic_id = str(found.topic_id)
+    return Seen("" if topic_id == _NO_ID else topic_id, len(found.partitions))
 
 
 class Offsets:
@@ -103,6 +111,7 @@ class Offsets:
         self._topic = topic
         self._admin = _admin(bootstrap, settings)
         self.partitions = _count(self._admin, bootstrap, topic, deadline, create=False)
+        self._embedded: bool | None = None
 
     def latest(self, deadline: float = 5.0) -> dict[int, int]:
         """Topic partition to its end: the next offset that a consumer could be given (no open transaction's).
@@ -110,11 +119,18 @@ class Offsets:
         Whatever Kafka had acknowledged when this was called lies below. While a transaction is open, it and all that
         was written after it lie above: no reader of committed records is given them before it ends.
         """
-        return self._ask(OffsetSpec.latest(), deadline)  # type: ignore[no-untyped-call]
+        return self._ask(OffsetSpec.latest(), deadline)[0]  # type: ignore[no-untyped-call]
+
+    def ends(self, deadline: float = 5.0) -> tuple[dict[int, int], Seen]:
+        """`latest`, and which topic that is of; asked at the same time, so it takes no longer.
+
+        A topic that had been made anew before this was called is seen as another: its id, where Kafka has one.
+        """
+        return self._ask(OffsetSpec.latest(), deadline, identity=not self._is_embedded(deadline))  # type: ignore[no-untyped-call]
 
     def earliest(self, deadline: float = 5.0) -> dict[int, int]:
         """Topic partition to its start: the lowest offset that is still kept."""
-        return self._ask(OffsetSpec.earliest(), deadline)  # type: ignore[no-untyped-call]
+        return self._ask(OffsetSpec.earliest(), deadline)[0]  # type: ignore[no-untyped-call]
 
     def topic_id(self, deadline: float = 5.0) -> str:
         """Kafka's id of the topic; "" where there is none, or it cannot be had now."""
@@ -125,16 +141,28 @@ class Offsets:
             log.info("topic %s: its id was not told: %s", self._topic, failure.args[0].str())
             return ""
 
-    def _ask(self, which: OffsetSpec, deadline: float) -> dict[int, int]:
+    def _is_embedded(self, deadline: float) -> bool:
+        """Asked once: the embedded broker cannot be asked for a topic's id."""
+        if self._embedded is None:
+            try:
+                cluster = self._admin.list_topics(self._topic, timeout=deadline).cluster_id
+            except KafkaException as failure:
+                raise no_broker(self._bootstrap, failure.args[0]) from failure
+            self._embedded = is_embedded(cluster)
+        return self._embedded
+
+    def _ask(self, which: OffsetSpec, deadline: float, *, identity: bool = False) -> tuple[dict[int, int], Seen]:
         until = time.monotonic() + deadline
         wanted = {TopicPartition(self._topic, number): which for number in range(self.partitions)}
         while True:
             left = max(until - time.monotonic(), 0.001)
+            described = _described(self._admin, self._topic, left) if identity else None
             futures = self._admin.list_offsets(
                 wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=left
             )
             try:
                 offsets = {place.partition: int(future.result().offset) for place, future in futures.items()}
+                seen = Seen("", self.partitions) if described is None else _seen(described, left)
             except KafkaException as failure:
                 error: KafkaError = failure.args[0]
                 if error.code() in _UNKNOWN:
@@ -145,7 +173,7 @@ class Offsets:
             else:
                 # A leader that did not answer in time is no error to librdkafka: it leaves the offset at "invalid".
                 if min(offsets.values()) >= 0:
-                    return offsets
+                    return offsets, seen
                 error = KafkaError(KafkaError._TIMED_OUT)
             _pause_or_raise(error, self._bootstrap, self._topic, until)
 

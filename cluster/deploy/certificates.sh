@@ -4,13 +4,16 @@
 #
 #   cluster/deploy/certificates.sh FOLDER [HOST ...]      HOST: names or IP addresses; default localhost and 127.0.0.1
 #
-# Writes ca.pem, headrace.pem, headrace-key.pem and dask-tls.yaml, which belongs into ~/.config/dask/ on every machine.
+# Writes four files into FOLDER: ca.pem, headrace.pem, headrace-key.pem and dask-tls.yaml. The last one tells Dask to use
+# the others: it belongs into ~/.config/dask/ on every machine, clients' too, or is named in DASK_CONFIG.
 set -euo pipefail
 
-if [[ $# -lt 1 || $1 == -* ]]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
-    exit 2
-fi
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+
+case ${1-} in
+    -h | --help) usage; exit 0 ;;
+    "" | -*) usage >&2; exit 2 ;;
+esac
 command -v openssl >/dev/null || { echo "certificates.sh needs openssl: install it first" >&2; exit 1; }
 folder=$1
 shift
@@ -36,8 +39,9 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 
     -keyout "$scratch/ca-key.pem" -out "$folder/ca.pem" 2>/dev/null
 openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj "/CN=headrace" \
     -keyout "$folder/headrace-key.pem" -out "$scratch/headrace.csr" 2>/dev/null
-openssl x509 -req -in "$scratch/headrace.csr" -CA "$folder/ca.pem" -CAkey "$scratch/ca-key.pem" -CAcreateserial \
-    -days 825 -extfile <(echo "subjectAltName=$subject_names") -out "$folder/headrace.pem" 2>/dev/null
+openssl x509 -req -in "$scratch/headrace.csr" -CA "$folder/ca.pem" -CAkey "$scratch/ca-key.pem" \
+    -CAserial "$scratch/ca.srl" -CAcreateserial -days 825 \
+    -extfile <(echo "subjectAltName=$subject_names") -out "$folder/headrace.pem" 2>/dev/null
 # The authority's key is thrown away: nobody can add a certificate later, a new set is made instead.
 
 cat >"$folder/dask-tls.yaml" <<YAML
@@ -45,10 +49,10 @@ distributed:
   comm:
     require-encryption: true
     tls:
-      ca-file: $folder/ca.pem
-      scheduler: {cert: $folder/headrace.pem, key: $folder/headrace-key.pem}
-      worker: {cert: $folder/headrace.pem, key: $folder/headrace-key.pem}
-      client: {cert: $folder/headrace.pem, key: $folder/headrace-key.pem}
+      ca-file: "$folder/ca.pem"
+      scheduler: {cert: "$folder/headrace.pem", key: "$folder/headrace-key.pem"}
+      worker: {cert: "$folder/headrace.pem", key: "$folder/headrace-key.pem"}
+      client: {cert: "$folder/headrace.pem", key: "$folder/headrace-key.pem"}
 YAML
 echo "wrote ca.pem, headrace.pem, headrace-key.pem and dask-tls.yaml to $folder (for ${hosts[*]})"
 echo "next: cp $folder/dask-tls.yaml ~/.config/dask/ on every machine, with the paths as they are there"

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from benchmarks import soak
 from benchmarks.fault_reads import One, Reads, vector
 from benchmarks.fault_scenes import STEADY_MS, Scene
 from benchmarks.fault_stage import Stage
@@ -75,6 +76,17 @@ def test_the_soak_breaks_nobody_while_a_copy_is_missing() -> None:
     for _ in range(3):
         other.random()
     assert one.random() == other.random()
+
+
+def test_the_first_faults_of_a_soak_are_played_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "PEACE", 0.0)
+    answers = iter([False, True, False, True, True])  # waited for, gone when it is looked at again, then there
+    stage = cast(Any, SimpleNamespace(whole=lambda workers: next(answers), name="docs", recorder=Recorder()))
+    played: list[str] = []
+    monkeypatch.setitem(cast(Any, FAULTS), "broker down", (1.0, lambda breaker, which: played.append("broker down")))
+    soak._surely(Breaker(stage, cast(Any, None), 3, random.Random(3)), "broker down")
+    assert played == ["broker down"]
+    assert next(answers, None) is None
 
 
 def test_the_soak_plays_the_fault_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,13 @@ class TestCells:
         odd = {worker: set(some.tolist()) for worker, some in odd_digests(digests, [A, B]).items()}
         assert odd == {A: a - b, B: b - a, C: c}
 
+    @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
+    def test_what_stands_twice_is_odd_though_others_have_it_too(self, a: list[int], b: list[int]) -> None:
+        digests = {name: np.array(some, dtype=np.uint64) for name, some in ((A, a), (B, b))}
+        odd = {worker: set(some.tolist()) for worker, some in odd_digests(digests, [A, B]).items()}
+        twice = {name: {one for one in some if some.count(one) > 1} for name, some in ((A, a), (B, b))}
+        assert odd == {A: (set(a) - set(b)) | twice[A], B: (set(b) - set(a)) | twice[B]}
+
 
 def header_of(offset: int, cell: int) -> Header:
     one = np.array([offset])

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headrace.cluster.planning import adopt_codebook, attach_source, membership, moves, rebalanced, settle, topic_found
+from headrace.cluster.planning import adopt_codebook, attached, membership, moves, rebalanced, settle, topic_found
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 
 WORKERS = [f"tcp://10.0.0.{number}:4000" for number in range(1, 7)]
@@ -22,7 +22,7 @@ SOURCE = Source("localhost:9092", "docs", 8, "json", {0: 5})
 def begin(*workers: str, replicas: int = 2, source: Source | None = SOURCE) -> CollectionState:
     spec = CollectionSpec("docs", dim=2, cells=6, replicas=replicas)
     state = membership(CollectionState(spec=spec, codebook=first_codebook(2)), workers)
-    return attach_source(state, source) if source else state
+    return attached(state, source) if source else state
 
 
 def centroids(cells: int) -> np.ndarray:
@@ -249,7 +249,7 @@ class PlanMachine(RuleBasedStateMachine):
         self.filled: dict[str, set[int]] = {}
         self.live = set(workers)
         self.change(membership(self.state, self.live))
-        self.change(attach_source(self.state, SOURCE))
+        self.change(attached(self.state, SOURCE))
 
     def change(self, new: CollectionState) -> None:
         old, self.state = self.state, new

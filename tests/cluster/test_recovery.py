@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.cluster.planning import adopt_codebook, attach_source, membership, settle
+from headrace.cluster.planning import adopt_codebook, attached, membership, settle
 from headrace.cluster.recovery import recovered
 from headrace.cluster.snapshot_state import Snapshots
 from headrace.cluster.state import CollectionState
@@ -19,7 +19,7 @@ def test_all_hold_the_same() -> None:
 
 def test_the_newest_that_anybody_was_sent_counts() -> None:
     old = begin(A, B, source=None)
-    new = attach_source(old, SOURCE)
+    new = attached(old, SOURCE)
     found, incomplete = recovered({A: new, B: old})
     assert found.source == SOURCE
     assert found.epoch > new.epoch

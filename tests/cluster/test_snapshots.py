@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from headrace.cluster.manifests import Entry, Manifest, lowest, manifest_of, read_manifest
 from headrace.cluster.planning import adopt_codebook, membership, settle
+from headrace.cluster.snapshot_calls import _beginning, _lineage
+from headrace.cluster.snapshot_owner import Mark
 from headrace.cluster.snapshot_state import Restoring, Snapshots
-from headrace.cluster.snapshots import choose, expired, lineage_of, next_id, shares, writers
+from headrace.cluster.snapshots import choose, expired, lineage_of, next_id, owner, refusal, shares, writers
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.gpu.errors import SnapshotError
 from headrace.gpu.snapshot_parts import MomentFile, Part, SegmentFile
@@ -49,6 +51,62 @@ def damaged(number: int) -> Entry:
     return Entry(f"{number:06d}-x", problem="its manifest is damaged")
 
 
+class TestPlace:
+    """One place is for one collection of one cluster; who wrote last there has it."""
+
+    def written(self, number: int, uid: str, lineage: str = "u1") -> Entry:
+        one = entry(number, uid=uid)
+        assert one.manifest is not None
+        return dataclasses.replace(one, manifest=dataclasses.replace(one.manifest, lineage=lineage))
+
+    def of(self, uid: str, **known: Any) -> CollectionState:
+        return state(A, uid=uid, snapshots=Snapshots(**{"lineage": "u1", **known}))
+
+    def test_nobodys_and_ones_own(self) -> None:
+        assert refusal([], "/s", self.of("u1")) == ""
+        assert refusal([damaged(1)], "/s", self.of("u1")) == ""
+        assert refusal([self.written(1, "u1"), damaged(2)], "/s", self.of("u1")) == ""
+
+    def test_a_copy_is_refused_unless_it_is_the_heir(self) -> None:
+        there = [self.written(1, "u1")]
+        told = refusal(there, "/s", self.of("u2"))
+        assert "/s belongs to collection 'docs'" in told
+        assert there[0].snapshot in told
+        assert "take_over=True (--take-over)" in told
+        assert refusal(there, "/s", self.of("u2", heir_of="u1")) == ""
+
+    def test_once_the_heir_has_written_the_one_before_is_refused(self) -> None:
+        there = [self.written(1, "u1"), self.written(2, "u2")]
+        assert "belongs to" in refusal(there, "/s", self.of("u1"))
+        assert refusal(there, "/s", self.of("u2", heir_of="u1")) == ""
+        assert "belongs to" in refusal([*there, self.written(3, "u3")], "/s", self.of("u2", heir_of="u1"))
+
+    def test_the_mark_says_whose_snapshots_are_to_be_restored(self) -> None:
+        there = [self.written(1, "u1"), self.written(2, "u1"), self.written(3, "u2", lineage="u2")]
+        assert _lineage(there, None) == ""
+        assert _lineage(there, Mark("u2", "u2", "docs", 1e9)) == "u2"
+        assert _lineage(there, Mark("u9", "u9", "docs", 1e9)) == "", "it has written nothing yet"
+
+    def test_no_heir_of_another_lineage(self) -> None:
+        told = refusal([self.written(1, "u1", lineage="u0")], "/s", self.of("u2", heir_of="u1"))
+        assert "another collection" in told
+
+    @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from("abc")), max_size=6), st.data())
+    def test_just_one_of_all_may_go_on(self, wrote: list[tuple[int, str]], data: st.DataObject) -> None:
+        """Whatever order they wrote in, and though two may have taken the same number."""
+        there = [
+            dataclasses.replace(one, snapshot=name, manifest=dataclasses.replace(one.manifest, snapshot=name))
+            for at, (number, uid) in enumerate(wrote)
+            if (one := self.written(number, uid)).manifest is not None
+            if (name := f"{number:06d}-20260101T000000Z-{at:04d}")
+        ]
+        may = {uid for uid in "abc" if not refusal(there, "/s", self.of(uid))}
+        assert len(may) == (1 if there else 3)
+        assert may == {uid for uid in "abc" if not refusal(data.draw(st.permutations(there)), "/s", self.of(uid))}
+        newest = owner(there)
+        assert newest is None or {newest.state.spec.uid} == may
+
+
 class TestManifest:
     def test_what_is_written_is_read(self) -> None:
         written = entry(3).manifest
@@ -62,6 +120,25 @@ class TestManifest:
         assert dataclasses.replace(read.manifest, state=read.manifest.state.with_(**plain)) == dataclasses.replace(
             written, state=written.state.with_(**plain)
         )
+
+    def test_one_without_its_topic_stays_so(self) -> None:
+        """Restored without its topic, written and restored again: still no other topic may be read into its rows."""
+        detached = state(A, source=None, snapshots=Snapshots(detached=True))
+        written = manifest_of(detached, "000001-x", {A: part()}, lineage="u1", created=1.0, seconds=1.0)
+        read = read_manifest("000001-x", written.to_bytes()).manifest
+        assert read is not None
+        fresh = CollectionState(dataclasses.replace(detached.spec, uid="u2"), first_codebook(2))
+        assert _beginning(fresh, read, "/s", only=False, follow=True).snapshots.detached
+        # Manifests from before that was written down: rows whose topic is not known.
+        unmarked = dataclasses.replace(read, state=read.state.with_(snapshots=Snapshots()))
+        assert _beginning(fresh, unmarked, "/s", only=False, follow=True).snapshots.detached
+        # One that has no rows yet may read any topic, and one that has its topic goes on.
+        empty = dataclasses.replace(unmarked, parts=(dataclasses.replace(part(), rows={}),))
+        assert not _beginning(fresh, empty, "/s", only=False, follow=True).snapshots.detached
+        follows = entry(1).manifest
+        assert follows is not None
+        assert not _beginning(fresh, follows, "/s", only=False, follow=True).snapshots.detached
+        assert _beginning(fresh, follows, "/s", only=False, follow=False).snapshots.detached
 
     def test_it_names_no_worker_as_holder_of_anything(self) -> None:
         kept = entry(1).manifest

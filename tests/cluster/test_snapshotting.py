@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,17 @@ from typing import Any
 import pytest
 
 from headrace.cluster.coordinator import Coordinator, CoordinatorSettings
+from headrace.cluster.manifests import Manifest, manifest_of
+from headrace.cluster.snapshot_owner import check_mark, claim, end, read_mark
 from headrace.cluster.snapshot_settings import SnapshotSettings, entries_at
-from headrace.cluster.snapshot_state import Restoring
-from headrace.cluster.state import CollectionSpec, CollectionState, Source
-from headrace.gpu.errors import HeadraceError, SnapshotDamaged, SnapshotError, StaleEpoch, StoreFull
-from headrace.gpu.snapshot_parts import MomentFile, Part, SegmentFile
+from headrace.cluster.snapshot_state import Restoring, Snapshots
+from headrace.cluster.snapshots import choose, next_id, owner
+from headrace.cluster.snapshotting import Taking, _finish
+from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
+from headrace.gpu.errors import CollectionNotFound, HeadraceError, SnapshotDamaged, SnapshotError, StaleEpoch, StoreFull
+from headrace.gpu.snapshot_place import Place
+from headrace.gpu.snapshot_wire import MomentFile, Part, SegmentFile
+from headrace.pipeline.summary import summarise
 from tests.cluster.test_coordinator import A, B, C, Played, until
 
 SOURCE = Source("localhost:9092", "docs", 2, "json", {0: 5, 1: 0})
@@ -63,6 +69,10 @@ def written(message: dict[str, Any]) -> Part:
     file = Path(message["url"]) / part.moment.path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(bytes(part.moment.bytes))
+    for segment in part.segments:
+        index = Path(message["url"]) / segment.path / "index"
+        index.parent.mkdir(parents=True, exist_ok=True)
+        index.write_bytes(bytes(segment.bytes))
     return part
 
 
@@ -176,6 +186,82 @@ class TestTaking:
             with pytest.raises(SnapshotError, match="another collection"):
                 await coordinator.snapshots.take(str(tmp_path))
 
+    async def test_two_that_begin_at_the_same_place_at_once(self, tmp_path: Path) -> None:
+        """Neither sees the other before both have written: the newer one stays, and the older one leaves nothing."""
+        mine, others = Writers(), Writers()
+        async with running(mine, A, replicas=1) as one, running(others, A, replicas=1) as other:
+            other.state = other.state.with_(spec=replace(other.state.spec, uid="u2"))
+
+            async def overtaken(message: dict[str, Any]) -> dict[str, Any]:
+                for _ in range(2):
+                    await other.snapshots.take(message["url"])
+                return {"part": written(message).to_wire()}
+
+            mine.instead[A, "snapshot"] = overtaken
+            with pytest.raises(SnapshotError, match="began to write"):
+                await one.snapshots.take(str(tmp_path), keep=1)
+            there = entries_at(str(tmp_path), {})
+            assert [entry.manifest.state.spec.uid for entry in there if entry.manifest] == ["u2", "u2"]
+            moments = {folder.name for folder in (tmp_path / "moments").iterdir()}
+            assert moments == {entry.snapshot for entry in there}, "the refused one has left something"
+
+    async def test_one_that_is_taken_over_deletes_nothing_there(self, tmp_path: Path) -> None:
+        workers = Writers()
+        async with running(workers, A, replicas=1) as coordinator:
+            for _ in range(3):
+                await coordinator.snapshots.take(str(tmp_path))
+            heir = replace(coordinator.state.spec, uid="u2")
+            known = replace(coordinator.state.snapshots, heir_of="u1")
+            old, coordinator.state = coordinator.state, coordinator.state.with_(spec=heir, snapshots=known)
+            newest = await coordinator.snapshots.take(str(tmp_path))
+            coordinator.state = old
+            coordinator.snapshots._give_up(str(tmp_path), 1, "u1")
+            assert len(entries_at(str(tmp_path), {})) == 4
+            with pytest.raises(SnapshotError, match=f"which took snapshot {newest['snapshot']} there"):
+                await coordinator.snapshots.take(str(tmp_path))
+            assert "--take-over" in coordinator.state.snapshots.failed, "status does not say so"
+
+    async def test_a_worker_that_hangs_is_not_waited_for(self, tmp_path: Path) -> None:
+        workers, never = Writers(), asyncio.Event()
+
+        async def hangs(message: dict[str, Any]) -> dict[str, Any]:
+            await never.wait()
+            raise AssertionError("it hangs for ever")
+
+        async with running(workers, A, B) as coordinator:
+            workers.instead[A, "snapshot"] = workers.instead[B, "snapshot"] = hangs
+            taking = asyncio.ensure_future(coordinator.snapshots.take(str(tmp_path)))
+            await until(lambda: bool(workers.times("snapshot")), "one is writing")
+            [hung] = workers.times("snapshot")
+            workers.instead.clear()
+            workers.away.add(hung)
+            coordinator.suspect(hung, "it does not answer")
+            told = await asyncio.wait_for(taking, 20.0)
+            assert told["rows"] == 3
+            assert hung not in coordinator.state.members
+            assert len(workers.times("snapshot")) == 2
+            parts = [message["part"] for _, op, message in workers.asked if op == "snapshot"]
+            assert len(set(parts)) == 2, "who hangs may write its part after all, over that of whoever stood in"
+
+    async def test_one_that_is_lost_but_does_not_write_stops_nothing(self, tmp_path: Path) -> None:
+        workers, may_end = Writers(), asyncio.Event()
+
+        async def slowly(message: dict[str, Any]) -> dict[str, Any]:
+            await may_end.wait()
+            return {"part": written(message).to_wire()}
+
+        async with running(workers, A, B) as coordinator:
+            workers.instead[A, "snapshot"] = workers.instead[B, "snapshot"] = slowly
+            taking = asyncio.ensure_future(coordinator.snapshots.take(str(tmp_path)))
+            await until(lambda: bool(workers.times("snapshot")), "one is writing")
+            [writing] = workers.times("snapshot")
+            [other] = {A, B} - {writing}
+            coordinator.worker_left(other)
+            await until(lambda: other not in coordinator.state.members and not coordinator.state.moving, "it is gone")
+            may_end.set()
+            await asyncio.wait_for(taking, 20.0)
+            assert workers.times("snapshot") == [writing]
+
     async def test_what_cannot_be_read_keeps_everything_but_manifests(self, tmp_path: Path) -> None:
         workers = Writers()
         async with running(workers, A, replicas=1) as coordinator:
@@ -220,6 +306,220 @@ class TestTaking:
             assert coordinator.state.snapshots.unscheduled
         found = entries_at(str(tmp_path / "docs"), {})
         assert 1 <= len(found) <= 3
+
+    async def test_a_collection_of_the_same_name_gets_a_folder_of_its_own(self, tmp_path: Path) -> None:
+        """The one before was dropped: its snapshots stay where they are, and those of the new one go on beside them."""
+        settings = replace(SETTINGS, snapshots=SnapshotSettings(url=str(tmp_path), every=600.0, keep=1))
+        workers = Writers()
+        async with running(workers, A, replicas=1) as before:
+            kept = await before.snapshots.take(str(tmp_path / "docs"))
+            await before.snapshots.end()
+            mark = read_mark(Place(str(tmp_path / "docs")))
+            assert mark is not None
+            assert (mark.uid, mark.ended) == ("u1", True)
+        spec = CollectionSpec("docs", dim=2, replicas=1, uid="u2" + "0" * 30)
+        after = Coordinator(spec, workers.call, settings)
+        after.start({A})
+        try:
+            await asyncio.wait_for(after.ready.wait(), 5.0)
+            await after.attach(SOURCE)
+            await until(lambda: after.state.snapshots.last != "", "its own is taken", deadline=20.0)
+            assert after.state.snapshots.last_url == str(tmp_path / "docs~u2000000")
+            assert after.state.snapshots.url == after.state.snapshots.last_url, "status shows another place"
+            assert after.state.snapshots.failed == ""
+        finally:
+            await after.close()
+        assert [entry.snapshot for entry in entries_at(str(tmp_path / "docs"), {})] == [kept["snapshot"]]
+
+    async def test_dropping_what_was_only_a_copy_ends_nothing(self, tmp_path: Path) -> None:
+        workers = Writers()
+        async with running(workers, A, replicas=1) as coordinator:
+            await coordinator.snapshots.take(str(tmp_path))
+            own = coordinator.state
+            coordinator.state = own.with_(spec=replace(own.spec, uid="u2"))
+            await coordinator.snapshots.end()
+            mark = read_mark(Place(str(tmp_path)))
+            assert mark is not None
+            assert not mark.ended
+            coordinator.state = coordinator.state.with_(snapshots=replace(own.snapshots, heir_of="u1"))
+            await coordinator.snapshots.end()
+            mark = read_mark(Place(str(tmp_path)))
+            assert mark is not None
+            assert mark.ended
+            # One that is brought back, and written to again, has not ended.
+            await coordinator.snapshots.take(str(tmp_path))
+            mark = read_mark(Place(str(tmp_path)))
+            assert mark is not None
+            assert (mark.uid, mark.ended) == ("u2", False)
+
+    async def test_rows_that_never_change_are_written_once(self, tmp_path: Path) -> None:
+        settings = replace(SETTINGS, snapshots=SnapshotSettings(url=str(tmp_path), every=0.01))
+        workers = Writers()
+        coordinator = Coordinator(CollectionSpec("docs", dim=2, replicas=1, uid="u1"), workers.call, settings)
+        coordinator.state = coordinator.state.with_(snapshots=Snapshots(detached=True))
+        coordinator.start({A})
+        try:
+            await until(lambda: coordinator.state.snapshots.last != "", "it is written", deadline=20.0)
+            assert not coordinator.snapshots._due(coordinator.state.snapshots.tried_at + 3600.0)
+        finally:
+            await coordinator.close()
+
+
+class TestTwoAtOnePlace:
+    """Two that know nothing of each other, one of which does all it has to do at some moment of the other."""
+
+    def taking(self, uid: str, heir_of: str = "") -> Taking:
+        state = CollectionState(CollectionSpec("docs", dim=2, uid=uid), first_codebook(2), source=SOURCE)
+        lineage = heir_of or uid
+
+        class Alone:
+            def __init__(self) -> None:
+                self.state = state.with_(snapshots=Snapshots(lineage=lineage, heir_of=heir_of))
+
+        return Taking(Alone(), Writers().call, SnapshotSettings())  # type: ignore[arg-type]
+
+    def whole(self, taking: Taking, url: str, using: tuple[SegmentFile, ...] = ()) -> str:
+        """A snapshot as `Taking` takes it, but in one thread; gives its name, or "" where it is refused."""
+        state, snapshot = taking._owner.state, ""
+        try:
+            entries = claim(url, {}, state)
+            snapshot = next_id(entries, 1e9, state.spec.uid)
+            part = written({"snapshot": snapshot, "part": "part-0", "url": url})
+            parts = {A: replace(part, segments=(*part.segments, *using))}
+            manifest = manifest_of(state, snapshot, parts, lineage=state.lineage, created=1e9, seconds=0.0)
+            _finish(Place(url), manifest, state)
+            taking._check_alone(url, entries)
+        except SnapshotError:
+            if snapshot:
+                taking._leave_nothing(url, snapshot)
+            return ""
+        return snapshot
+
+    def interrupting(self, monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], Any]) -> list[int]:
+        """Have `what` done when a place is used for the time number `at`; counts the uses."""
+        uses = [0]
+
+        def hooked(method: Any) -> Any:
+            def use(*args: Any, **kwargs: Any) -> Any:
+                uses[0] += 1
+                if uses[0] == at:
+                    what()
+                return method(*args, **kwargs)
+
+            return use
+
+        for name in ("read", "names", "sizes", "new"):
+            monkeypatch.setattr(Place, name, hooked(getattr(Place, name)))
+        return uses
+
+    @pytest.mark.parametrize("keep", [0, 1])
+    def test_of_two_new_collections_one_gets_the_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+    ) -> None:
+        at, wins = 0, set()
+        while True:
+            at += 1
+            url = str(tmp_path / f"docs{at}")
+            one, other = self.taking("u1"), self.taking("u2")
+
+            def others(other: Taking = other, url: str = url) -> None:
+                self.whole(other, url)
+                other._give_up(url, keep, "u2")
+
+            with monkeypatch.context() as patched:
+                uses = self.interrupting(patched, at, others)
+                self.whole(one, url)
+                one._give_up(url, keep, "u1")
+            there = entries_at(url, {})
+            assert len({entry.manifest.lineage for entry in there if entry.manifest}) == len(there) <= 1
+            for entry in there:
+                assert entry.manifest is not None
+                assert self.complete(url, entry.manifest), f"something was swept away at use {at}"
+                wins.add(entry.manifest.lineage)
+            # Whatever came of it, one of them can go on.
+            assert bool(self.whole(self.taking("u1"), url)) + bool(self.whole(self.taking("u2"), url)) == 1
+            if uses[0] < at:
+                break
+        assert at > 10, "nothing was interrupted"
+        assert wins == {"u1", "u2"}
+
+    def test_an_heir_loses_nothing_to_the_retention_of_whom_it_follows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        at = taken = 0
+        while True:
+            at += 1
+            url = str(tmp_path / f"docs{at}")
+            old, heir = self.taking("u1"), self.taking("u2", heir_of="u1")
+            self.whole(old, url)
+            first = entries_at(url, {})[0].manifest
+            assert first is not None
+            self.whole(old, url)
+            done: list[str] = []
+
+            def takes(heir: Taking = heir, url: str = url, first: Any = first, done: list[str] = done) -> None:
+                done.append(self.whole(heir, url, using=first.parts[0].segments))
+
+            with monkeypatch.context() as patched:
+                uses = self.interrupting(patched, at, takes)
+                self.whole(old, url)
+                old._give_up(url, 1, "u1")
+            newest = owner(entries_at(url, {}))
+            assert newest is not None
+            assert self.complete(url, newest), f"something was swept away at use {at}"
+            if done and done[0]:
+                taken += 1
+                assert newest.lineage == "u1"
+            if uses[0] < at:
+                break
+        assert taken > 3
+
+    def complete(self, url: str, manifest: Manifest) -> bool:
+        place = Place(url)
+        files = [part.moment.path for part in manifest.parts]
+        files += [f"{segment.path}/index" for part in manifest.parts for segment in part.segments]
+        return all(place.read(file) is not None for file in files)
+
+    def test_a_mark_that_means_nothing_keeps_nobody_away(self, tmp_path: Path) -> None:
+        (tmp_path / "owner.json").write_text("[" * 100_000)
+        assert read_mark(Place(str(tmp_path))) is None
+        assert self.whole(self.taking("u1"), str(tmp_path))
+        mark = read_mark(Place(str(tmp_path)))
+        assert mark is not None
+        assert (mark.uid, mark.collection, mark.ended) == ("u1", "docs", False)
+
+    def test_one_that_was_dropped_meanwhile_leaves_no_snapshot(self, tmp_path: Path) -> None:
+        taking, url = self.taking("u1"), str(tmp_path)
+        self.whole(taking, url)
+        assert end(url, {}, taking._owner.state)
+        with pytest.raises(SnapshotError, match="was dropped while"):
+            check_mark(Place(url), taking._owner.state)
+
+
+class TestUnreadable:
+    """A manifest that cannot be read stands in nobody's way."""
+
+    def test_it_is_listed_and_the_others_are_used(self, tmp_path: Path) -> None:
+        taking = TestTwoAtOnePlace().taking("u1")
+        good = TestTwoAtOnePlace().whole(taking, str(tmp_path))
+        (tmp_path / "snapshots" / "000002-folder.json").mkdir()
+        (tmp_path / "snapshots" / "000003-deep.json").write_text("[" * 100_000)
+        found = entries_at(str(tmp_path), {})
+        assert [entry.snapshot for entry in found] == [good, "000002-folder", "000003-deep"]
+        assert "000002-folder.json" in found[1].problem
+        assert "RecursionError" in found[2].problem
+        manifest, passed_over = choose(found)
+        assert (manifest.snapshot, len(passed_over)) == (good, 2)
+        # What cannot be read may be good, and is not deleted; nor is anything that it may name.
+        fourth = TestTwoAtOnePlace().whole(taking, str(tmp_path))
+        taking._give_up(str(tmp_path), 1, "u1")
+        assert [entry.snapshot for entry in entries_at(str(tmp_path), {})] == ["000002-folder", fourth]
+        assert (tmp_path / "moments" / good).exists()
+
+    def test_a_place_that_gives_nothing_is_away(self, tmp_path: Path) -> None:
+        (tmp_path / "snapshots" / "000002-folder.json").mkdir(parents=True)
+        with pytest.raises(SnapshotError, match="000002-folder"):
+            entries_at(str(tmp_path), {})
 
 
 class TestLoading:
@@ -350,8 +650,69 @@ class TestLoading:
             assert next_one.state.incarnation > half.incarnation
             await next_one.close()
 
+    async def test_whoever_waits_for_one_that_is_dropped_is_told(self, tmp_path: Path) -> None:
+        workers, never = Writers(), asyncio.Event()
+
+        async def hangs(message: dict[str, Any]) -> dict[str, Any]:
+            await never.wait()
+            raise AssertionError("it was dropped")
+
+        async with running(workers, A, B) as taken:
+            await taken.snapshots.take(str(tmp_path))
+            workers.instead[C, "load"] = hangs
+            fresh = restoring(workers, taken, tmp_path)
+            fresh.start({C})
+            waiting = asyncio.ensure_future(fresh.loading.restored())
+            await until(lambda: (C, "load") in [(w, op) for w, op, _ in workers.asked], "C is loading")
+            await fresh.close()
+            with pytest.raises(CollectionNotFound, match="was dropped"):
+                await asyncio.wait_for(waiting, 5.0)
+
+    async def test_one_whose_asker_has_gone_says_why_it_waits_and_tries_again(self, tmp_path: Path) -> None:
+        """The scheduler was lost while it was loaded, and the place is away when the next one begins."""
+        workers = Writers()
+        settings = replace(SETTINGS, snapshots=replace(SETTINGS.snapshots, pause=0.05))
+        async with running(workers, A, B) as taken:
+            await taken.snapshots.take(str(tmp_path / "docs"))
+            fresh = restoring(workers, taken, tmp_path / "docs")
+            fresh.start({A, B})
+            await asyncio.wait_for(fresh.loading.restored(), 5.0)
+            half = next(state for state in workers.states(A) if state.restoring)
+            await fresh.close()
+            (tmp_path / "docs").rename(tmp_path / "aside")
+            next_one = Coordinator(half.spec, workers.call, settings)
+            next_one.state = half.with_(epoch=half.epoch + 16)
+            next_one.resume({A, B}, ())
+            await until(lambda: next_one.state.snapshots.obstacle != "", "it says why")
+            [note] = [note for note in summarise(next_one.state, [], [])["notes"] if "is being loaded" in note]
+            assert "there is no snapshot" in note
+            assert "drop the collection" in note
+            (tmp_path / "aside").rename(tmp_path / "docs")
+            await until(lambda: settled(next_one), "it is loaded", deadline=20.0)
+            assert next_one.state.spec.uid == "u2"
+            await next_one.close()
+
 
 class TestLoss:
+    async def test_a_newer_one_that_cannot_be_read_just_now_is_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        workers, read, away = Writers(), Place.read, [5]
+        async with running(workers, A, B) as coordinator:
+            await coordinator.snapshots.take(str(tmp_path))
+            newer = await coordinator.snapshots.take(str(tmp_path))
+
+            def sometimes(place: Place, path: str) -> bytes | None:
+                if newer["snapshot"] in path and away[0]:
+                    away[0] -= 1
+                    raise SnapshotError("input/output error")
+                return read(place, path)
+
+            monkeypatch.setattr(Place, "read", sometimes)
+            coordinator.loading._settings = replace(coordinator.loading._settings, patience=60.0)
+            await self.lost(workers, coordinator)
+            assert workers.loads() == [(C, newer["snapshot"])]
+
     async def lost(self, workers: Writers, coordinator: Coordinator) -> CollectionState:
         for worker in (A, B):
             coordinator.worker_left(worker)

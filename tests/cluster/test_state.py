@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from distributed.protocol import dumps, loads
 
-from headrace.cluster.planning import adopt_codebook, attach_source, membership
+from headrace.cluster.planning import adopt_codebook, attached, membership
 from headrace.cluster.state import Codebook, CollectionSpec, CollectionState, Source, first_codebook
 from headrace.cluster.wire import (
     batch_from_wire,
@@ -55,7 +55,7 @@ def test_a_state_comes_back_as_it_was() -> None:
     state = CollectionState(spec=spec, codebook=first_codebook(3), alarms=("the log was truncated",))
     states = [state]
     states.append(membership(state, ["tcp://a:1", "tcp://b:2"]))
-    states.append(attach_source(states[-1], Source("localhost:9092", "docs", 3, "binary", {0: 0, 2: 2**40}, "id-1")))
+    states.append(attached(states[-1], Source("localhost:9092", "docs", 3, "binary", {0: 0, 2: 2**40}, "id-1")))
     rng = np.random.default_rng(0)
     states.append(adopt_codebook(states[-1], rng.normal(size=(4, 3)).astype(np.float32)))
     states.append(membership(states[-1], ["tcp://b:2", "tcp://c:3"]))
@@ -73,7 +73,7 @@ def test_a_state_comes_back_as_it_was() -> None:
 
 def test_a_source_of_before_topic_ids_were_kept() -> None:
     source = Source("localhost:9092", "docs", 1, "json", {0: 5})
-    wire = attach_source(CollectionState(CollectionSpec("docs", 2), first_codebook(2)), source).to_wire()
+    wire = attached(CollectionState(CollectionSpec("docs", 2), first_codebook(2)), source).to_wire()
     del wire["source"]["topic_id"]
     assert CollectionState.from_wire(sent(wire)).source == source
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from headrace.cluster import holding
 from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
 from headrace.cluster.wire import floats_to_wire, rows_from_wire
 from headrace.cluster.worker import WorkerNode
@@ -143,3 +145,25 @@ async def test_a_worker_that_ends_does_not_say_that_the_collection_is_gone(node:
         await waiting
     with pytest.raises(ClusterError, match="w is ending"):
         await asked(node, 3)
+
+
+async def test_a_read_of_another_incarnation_waits_for_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By offsets, the old topic's rows are newer than the new topic's end."""
+    required = [[0, 2]]
+
+    def get() -> Any:
+        return node.on_get("docs", 2, ["r1"], False, required, 5.0, incarnation=1)
+
+    reading = asyncio.ensure_future(get())
+    await asyncio.sleep(0.02)
+    assert not reading.done()
+    await node.adopt(replace(STATE, epoch=2, incarnation=1))
+    node.replicas["docs"].apply(batch_of([{"id": "r0", "offset": 0}]), {0: (0, 1)}, {}, 2)
+    await asyncio.sleep(0.02)
+    assert not reading.done(), "it does not wait for what it requires of the new one"
+    node.replicas["docs"].apply(batch_of([{"id": "r1", "offset": 1}]), {0: (1, 2)}, {}, 2)
+    answer = await reading
+    assert [row.offset for row in rows_from_wire(answer["rows"]) if row] == [1]
+    monkeypatch.setattr(holding, "_PAUSE", 0.0)
+    with pytest.raises(StaleEpoch, match="has not begun incarnation 2"):
+        await node.on_count("docs", 2, [], 5.0, incarnation=2)

@@ -11,6 +11,7 @@ from headrace.gpu.ids import hash_ids
 from headrace.gpu.places import rows_of, serials_of
 from headrace.gpu.rows import DELETED, Action, Batch
 from headrace.gpu.store import Store
+from headrace.gpu.versions import Versions
 from headrace.pipeline.client import Database
 
 
@@ -84,7 +85,7 @@ def remember(store: Store, row_id: Any, *, offset: int, partition: int) -> None:
 def bend(store: Store, row_id: Any) -> None:
     """The vector has other numbers; only in a growing segment."""
     part, row = place_of(store, row_id)
-    part.segment._vectors._rows[row] *= -1
+    part.segment._vectors._kept._rows[row] *= -1
 
 
 def relabel(store: Store, row_id: Any, cell: int) -> None:
@@ -93,3 +94,18 @@ def relabel(store: Store, row_id: Any, cell: int) -> None:
     with store._table.lock:
         part.marks.relabel(np.array([row]), np.array([cell], dtype=np.int32))
         store._table.publish()
+
+
+def double(store: Store, row_id: Any, cell: int | None = None) -> None:
+    """The row stands twice, at the same version; the second one in another `cell`."""
+    (row,), _ = store.get([row_id], vectors=True)
+    assert row is not None
+    assert row.vector is not None
+    versions = Versions(*(np.array([one]) for one in (row.topic_partition, row.offset, row.timestamp)))
+    table = store._table
+    with table.lock:
+        attributes = {name: [value] for name, value in row.attributes.items()}
+        table.growing.append([row_id], hash_ids([row_id], store.ids), versions, row.vector[None], attributes)
+        cells = np.array([row.cell if cell is None else cell], dtype=np.int32)
+        table.parts[table.growing.serial].marks.append(cells)
+        table.publish()

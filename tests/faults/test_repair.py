@@ -331,14 +331,49 @@ def test_many_ids_are_counted_and_the_first_hundred_shown(copies: Copies) -> Non
     assert not changed(before, copies.rows())
 
 
-def test_a_row_that_answers_and_is_not_known_of_is_told(copies: Copies) -> None:
+def revived(copies: Copies) -> str:
     store = copies.holders("d1")[0]
     part, row = damage.place_of(store, "d1")
     copies.docs.delete(["d1"], wait="searchable")
     damage.revive(store, part, row)
-    found = copies.docs.verify(repair=True)
+    return "does not know of"
+
+
+def doubled(copies: Copies) -> str:
+    damage.double(copies.holders("d1")[0], "d1")
+    return "answers with two rows of it"
+
+
+def doubled_in_another_cell(copies: Copies) -> str:
+    store, mine = copies.holders("d1")[1], copies.docs.status()["placement"]
+    address = next(address for address, one in copies.stores.items() if one is store)
+    cell = next(cell for cell, workers in mine.items() if cell != copies.cell("d1") and address in workers)
+    damage.double(store, "d1", cell)
+    return "does not know of"
+
+
+@pytest.mark.parametrize("hurt", [revived, doubled, doubled_in_another_cell], ids=lambda hurt: hurt.__name__)
+def test_rows_that_answer_and_should_not_are_found_and_mended(copies: Copies, hurt: Callable[[Copies], str]) -> None:
+    before = copies.rows()
+    fault = hurt(copies)
+    found = copies.docs.verify()
     assert not found.ok
-    assert "does not know of" in found.differences[0]
+    assert found.differing == 1, found
+    (one,) = found.ids
+    assert one.id == "d1"
+    assert any(fault in text for text in one.copies.values()), one
+    mended = copies.docs.verify(repair=True)
+    assert (mended.ok, mended.differing, mended.repaired) == (True, 1, 1), mended
+    if hurt is not revived:
+        assert not changed(before, copies.rows())
+    answered = [hit.id for hit in copies.docs.search(vector(1), limit=2 * ROWS)]
+    assert len(answered) == len(set(answered)) == ROWS - (hurt is revived)
+    for store in copies.stores.values():
+        rows = [row.id for some in store.scan() for row in some]
+        assert len(rows) == len(set(rows)) == store.view.rows
+        while store.maintain(settle=True):
+            pass
+    assert copies.docs.verify() == headrace.Verification(True, CELLS, 2 * CELLS)
 
 
 class Writing:

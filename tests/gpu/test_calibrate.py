@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.gpu.backend import resolve
-from headrace.gpu.calibrate import EXACT, Calibration, calibrate
+from headrace.gpu.calibrate import EXACT, Calibration, _alike, _climb, _spread, calibrate
 from headrace.gpu.errors import BackendError
 from headrace.gpu.index_spec import IndexSpec, build_params
 from tests.gpu.searches import random_rows
@@ -90,7 +91,7 @@ def run(kind: Kind, vectors: np.ndarray, **given: Any) -> Calibration:
 
 def test_recall_is_counted_among_the_ten_best_and_never_falls() -> None:
     kind = Kind({4: 3, 8: 9, 16: 7, 32: 10, 64: 10})
-    calibration = run(kind, random_rows(500, 8))
+    calibration = run(kind, random_rows(500, 8), recall_target=0.3)
     assert calibration.pairs == ((4, 0.3), (8, 0.9), (16, 0.9), (32, 1.0))
     assert list(dict(kind.searched)) == [4, 8, 16, 32], "nothing is tried beyond the best"
     assert max(len(queries) for _, queries in kind.searched) <= 8, "a large batch may be answered exactly"
@@ -202,7 +203,7 @@ def check_promise(vectors: np.ndarray, queries: np.ndarray, metric: str, *, marg
 
 
 def test_a_target_that_no_effort_reached_takes_an_exact_search() -> None:
-    calibration = run(Kind({4: 3, 8: 6}), random_rows(500, 8))
+    calibration = run(Kind({4: 3, 8: 6}), random_rows(500, 8), recall_target=0.3)
     assert calibration.effort(0.6) == 8
     assert calibration.effort(0.95) == EXACT > 1_000_000_000
     assert calibration.best == pytest.approx(0.6)
@@ -237,4 +238,65 @@ def test_queries_away_from_all_rows_count_where_rows_are_so_too() -> None:
 def test_one_row_that_is_far_longer_lets_no_other_pass() -> None:
     vectors = random_rows(2000, 16)
     vectors[0] *= 1e6
-    assert run(Kind({4: 5, 8: 10}), vectors).pairs[0][1] <= 0.55
+    assert run(Kind({4: 5, 8: 10}), vectors, recall_target=0.5).pairs[0][1] <= 0.55
+
+
+EFFORTS = st.sets(st.integers(1, 4000), min_size=1, max_size=16).map(sorted)
+RECALLS = st.lists(st.floats(0, 1), min_size=16, max_size=16)
+
+
+@given(EFFORTS, RECALLS, RECALLS, st.floats(0.01, 1))
+def test_whatever_a_few_queries_say_the_target_is_found(
+    efforts: list[int], some: list[float], few: list[float], target: float
+) -> None:
+    recalls, guesses = dict(zip(efforts, sorted(some), strict=False)), dict(zip(efforts, few, strict=False))
+    tried = _climb(efforts, target, recalls.__getitem__, guesses.__getitem__)
+    order = sorted(tried)
+    assert all(tried[effort] == recalls[effort] for effort in order)
+    assert order[0] == efforts[0] or tried[order[0]] < target, "an effort for the target is not far too much"
+    assert order[-1] == efforts[-1] or tried[order[-1]] >= min(max(target, 0.99), 0.9995)
+    for low, high in itertools.pairwise(order):
+        assert not any(2 * low <= effort < high for effort in efforts), "none is left out"
+
+
+def test_what_nobody_asks_for_is_not_tried() -> None:
+    kind = Kind({4: 3, 8: 5, 16: 8, 24: 8, 32: 9, 64: 10, 128: 10, 256: 10})
+    calibration = run(kind, random_rows(500, 8), recall_target=0.93)
+    assert calibration.pairs == ((32, 0.9), (64, 1.0))
+    few = [sum(len(asked) for effort, asked in kind.searched if effort == low) for low in (4, 8, 16, 24)]
+    assert few == [32, 32, 32, 0], "16 of each group, to see where to begin"
+    assert max(effort for effort, _ in kind.searched) == 64
+    better = Kind({4: 9, 8: 9, 16: 9, 32: 10})
+    assert run(better, random_rows(500, 8), recall_target=0.5).pairs == ((4, 0.9), (8, 0.9), (16, 0.9), (32, 1.0))
+
+
+def test_an_index_that_keeps_all_vectors_is_asked_nothing_among_near_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = (10 * rng.normal(size=(30, 48))[rng.integers(0, 30, 3000)] + rng.normal(size=(3000, 48))).astype(np.float32)
+    asked = {}
+    for name in ("graph", "ivf_pq"):
+        kind = Kind({4: 10})
+        monkeypatch.setitem(HOST.kinds, name, kind)  # type: ignore[arg-type]
+        calibrate(HOST, kind, rows, rows, "ip", queries=50)  # type: ignore[arg-type]
+        asked[name] = len(kind.asked())
+    assert asked == {"graph": 50, "ivf_pq": 100}
+
+
+@pytest.mark.parametrize(("target", "last"), [(0.5, 4), (0.95, 4), (0.99, 4), (0.993, 8), (0.999, 16), (1.0, 32)])
+def test_no_more_is_tried_than_the_target_takes_and_a_little(target: float, last: int) -> None:
+    recalls = {1: 0.4, 2: 0.9, 4: 0.99, 8: 0.995, 16: 0.9991, 32: 0.9996, 64: 1.0}
+    tried = _climb(list(recalls), target, recalls.__getitem__, recalls.__getitem__)
+    assert max(tried) == last
+
+
+def test_for_rows_of_length_1_products_say_as_much_as_distances() -> None:
+    rng = np.random.default_rng(0)
+    told = []
+    for noise in np.geomspace(0.1, 5, 24):
+        rows = rng.normal(size=(2000, 6)) @ rng.normal(size=(6, 24)) + noise * rng.normal(size=(2000, 24))
+        rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        spread = _spread(HOST, rows, "cosine", 64, rng)
+        one, two = (_alike(HOST, rows, metric, spread, np.random.default_rng(1)) for metric in ("cosine", "l2"))
+        assert one == two, noise
+        told.append(one)
+    assert (told[0], told[-1]) == (False, True)

@@ -11,7 +11,7 @@ import pytest
 
 from headrace.gpu.backend import resolve
 from headrace.gpu.budget import Budget, job_bytes
-from headrace.gpu.errors import ConfigError, StoreFull
+from headrace.gpu.errors import ConfigError, RecordTooLarge, StoreFull
 from headrace.gpu.index_spec import KINDS, IndexSpec, build_params
 from headrace.gpu.merge import MergePolicy
 from headrace.gpu.rows import DELETED, Action
@@ -140,6 +140,32 @@ def test_a_full_store_gets_back_the_room_of_few_deleted_rows(share: float) -> No
                 break
         more += 16
     assert more >= 0.7 * len(gone) - 16, (more, len(gone), rows)
+
+
+def test_a_row_that_an_empty_store_had_no_room_for_is_said_to_be_too_large() -> None:
+    store = store_of()
+    small = {"id": 1, "offset": 1}
+    large = {"id": 0, "offset": 0, "attributes": {"t": "x" * LIMIT}}
+    fits = {"id": 2, "offset": 2, "attributes": {"t": "x" * (LIMIT // 2)}}
+    with pytest.raises(StoreFull) as caught:
+        store.apply(batch_of([large, small], DIM))
+    assert type(caught.value) is StoreFull, "nobody knows of which"
+    with pytest.raises(RecordTooLarge, match=r"take 1,5\d\d,\d\d\d bytes, and an empty worker has room for"):
+        store.apply(batch_of([large], DIM), {0: 1})
+    assert store.view.rows == 0
+    assert store.view.stamp == {}
+    assert not store._budget.tight, "tidying up cannot help"
+    fill(store)
+    with pytest.raises(StoreFull) as caught:
+        store.apply(batch_of([{**fits, "id": -2}], DIM))
+    assert type(caught.value) is StoreFull, "it fits once others have gone"
+    store_of().apply(batch_of([fits], DIM))
+
+
+def test_a_limit_that_holds_nothing_is_not_the_record_s_fault() -> None:
+    with pytest.raises(StoreFull) as caught:
+        store_of(limit=10_000).apply(batch_of([{"id": 0, "offset": 0, "attributes": {"t": "x" * LIMIT}}], DIM))
+    assert type(caught.value) is StoreFull
 
 
 def until_full(more: Callable[[int], None], holds: Callable[[], bool], store: Store | None = None) -> int:

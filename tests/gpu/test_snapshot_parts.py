@@ -26,8 +26,10 @@ from headrace.gpu.marks import Marks
 from headrace.gpu.merge import MergePolicy
 from headrace.gpu.rows import DELETED, Action
 from headrace.gpu.segments import Sealed
-from headrace.gpu.snapshot_parts import Part, check, read_into, sweep, write
+from headrace.gpu.snapshot_checks import check
+from headrace.gpu.snapshot_parts import Part, read_into, write
 from headrace.gpu.snapshot_place import Place
+from headrace.gpu.snapshot_sweep import sweep
 from headrace.gpu.store import Store, StoreSettings
 from headrace.pipeline.cuts import left_behind
 from tests.gpu.batches import DIM, batch_of, vector_of
@@ -318,6 +320,40 @@ def test_what_this_process_wrote_is_written_again_where_it_is_gone_or_short(tmp_
     assert state(restored(place, again)) == state(store)
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_this_process_wrote_is_read_before_a_snapshot_relies_on_it(tmp_path: Path) -> None:
+    place, store = Place(str(tmp_path)), filled()
+    first = write(store, place, "s1", "p0")
+    good = files_of(tmp_path / "segments")
+    flip(tmp_path / "segments" / first.segments[0].uid / "index")
+    second = write(store, place, "s2", "p0")
+    assert second.written_bytes == second.moment.bytes + first.segments[0].bytes
+    assert files_of(tmp_path / "segments") == good, "the snapshot before is not whole again"
+    assert check(place, second) == second.size
+    assert check(place, first) == first.size
+
+
+def test_it_is_read_again_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, store = Place(str(tmp_path)), filled()
+    clock = [1000.0]
+    monkeypatch.setattr(snapshot_parts.time, "monotonic", lambda: clock[0])
+    read, verify = [], snapshot_parts.segment_files.verify
+    monkeypatch.setattr(snapshot_parts.segment_files, "verify", lambda *args: (read.append(args), verify(*args)))
+    for passed, times in ((0.0, 0), (60.0, 3), (3600.0, 3), (24 * 3600.0, 6), (3600.0, 6)):
+        clock[0] += passed
+        part = write(store, place, f"s{clock[0]:g}", "p0")
+        assert len(read) == times, f"after {clock[0]:g} s"
+    flip(tmp_path / "segments" / part.segments[1].uid / "rows.npz")
+    clock[0] += 25 * 3600.0
+    assert write(store, place, "last", "p0").written_bytes > part.written_bytes
+    assert check(place, part) == part.size
+
+
 # -- writes that fail --------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +444,21 @@ def test_a_writer_that_was_killed_leaves_what_nobody_counts(tmp_path: Path) -> N
     )
     sweep(place, [])
     assert files_of(tmp_path) == {}
+
+
+def test_sweeping_ends_where_another_begins_to_write(tmp_path: Path) -> None:
+    place, store = Place(str(tmp_path)), filled()
+    part = write(store, place, "s1", "p0")
+    asked: list[int] = []
+
+    def still() -> None:
+        asked.append(len(files_of(tmp_path)))
+        if len(asked) == 2:
+            raise SnapshotError("it is another's now")
+
+    with pytest.raises(SnapshotError, match="another's now"):
+        sweep(place, [], still)
+    assert len(place.names("segments")) == len(part.segments) - 1
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "tcp://127.0.0.1:1", ".hidden", "é"])
@@ -666,9 +717,9 @@ def test_adopting_while_a_merge_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     if moment == "while it builds":
         real = maintenance.calibrate
 
-        def calibrate(*args: Any) -> Any:
+        def calibrate(*args: Any, **more: Any) -> Any:
             load()
-            return real(*args)
+            return real(*args, **more)
 
         monkeypatch.setattr(maintenance, "calibrate", calibrate)
     else:

@@ -9,6 +9,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from headrace.pipeline.client import Collection, Database
+from headrace.streams import topic_watch
 from headrace.streams.producer import RecordProducer
 from headrace.streams.topics import Offsets
 from tests.kafka.conftest import Until
@@ -180,6 +181,24 @@ def test_a_topic_made_anew_while_it_is_read_leaves_no_ghosts(
     assert newer.attributes == {"n": 100, "new": True}
     assert collection.verify().ok
     assert {tuple(sorted(worker["watermarks"])) for worker in collection.status()["workers"]} == {(0, 1)}
+
+
+def test_a_strong_read_never_answers_from_a_topic_that_is_gone(
+    kafka: RealBroker, collection: Collection, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new topic is shorter: by offsets alone, the old one's rows would do. Nobody else looks which topic it is."""
+    monkeypatch.setattr(topic_watch, "id_of", lambda *_: "")
+    collection.upsert(rows(*range(60)), wait="searchable")
+    kafka.delete_topic(name)
+    kafka.create_topic(name, 2)
+    with RecordProducer(kafka.bootstrap, name) as producer:
+        producer.send_json([row(3, new=True)])
+        producer.flush()
+    (newer, gone) = collection.get(["r3", "r4"], consistency="strong", deadline=30.0)
+    assert newer is not None
+    assert newer.attributes == {"n": 3, "new": True}
+    assert gone is None
+    assert ids(collection) == {"r3"}
 
 
 def test_a_topic_made_anew_that_is_longer_already(

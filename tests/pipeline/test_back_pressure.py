@@ -13,6 +13,7 @@ import pytest
 import headrace
 from headrace.pipeline.client import Collection, Database
 from headrace.streams.broker import EmbeddedBroker
+from headrace.streams.dead_letters import read_dead_letters
 
 DIM = 64
 LIMIT = 1 << 20
@@ -53,7 +54,8 @@ def test_records_wait_in_kafka_until_there_is_room(small: Database, broker: Embe
     assert status["ingest"]["dead_letters"] == 0
     for worker in status["workers"]:
         assert worker["memory"]["limit"] == LIMIT
-        assert worker["memory"]["held"] <= LIMIT
+        # A little above, for moments: a segment that is sealed while rows come in leaves a larger one.
+        assert worker["memory"]["held"] <= 1.05 * LIMIT
     assert any(worker["memory"]["full"] for worker in status["workers"])
     assert collection.search(vectors[0], limit=1, consistency="eventual")[0].id == "r0"
 
@@ -65,3 +67,23 @@ def test_records_wait_in_kafka_until_there_is_room(small: Database, broker: Embe
     status = collection.status()
     assert "memory-limit" not in " ".join(status["notes"])
     assert not any(worker["memory"]["full"] for worker in status["workers"])
+
+
+def test_a_record_that_no_worker_can_hold_is_a_dead_letter(small: Database, broker: EmbeddedBroker, topic: str) -> None:
+    collection = small.create_collection(topic, dim=2, metric="l2", cells=1)
+    collection.ingest(broker.bootstrap)
+    rows = [{"id": f"r{n}", "vector": [n, 1.0], "story": ""} for n in range(40)]
+    rows[7] |= {
+        "story": "x" * 990_000
+    }  # rows get seven eighths of the limit, and some of that is taken by an empty store
+    write = collection.upsert(rows, wait="searchable", deadline=60.0)
+    (letter,) = read_dead_letters(broker.bootstrap, topic)
+    ((_, topic_partition, offset),) = [ack for ack in write.acks if ack[0] == "r7"]
+    assert (letter.topic_partition, letter.offset) == (topic_partition, offset)
+    assert "store.memory-limit is 1,048,576" in letter.reason
+    assert collection.count() == 39
+    assert collection.get(["r7"]) == [None]
+    status = until(collection, lambda status: status["ingest"]["lag"] == 0)
+    assert status["ingest"]["dead_letters"] == 1
+    assert "memory-limit" not in " ".join([*status["notes"], *status["alarms"]])
+    assert collection.verify().ok

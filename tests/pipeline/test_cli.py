@@ -177,11 +177,17 @@ def test_a_port_that_is_taken(capsys: Capture) -> None:
     assert f"127.0.0.1:{port}" in sentence(capsys)
 
 
-def test_the_dashboard_listens_where_the_scheduler_does() -> None:
-    from headrace.pipeline.cli_processes import on
+def test_the_module_is_the_command() -> None:
+    told = subprocess.run([sys.executable, "-m", "headrace", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("headrace, version ")
 
-    assert on("127.0.0.1", ":8787") == "127.0.0.1:8787"
-    assert on("127.0.0.1", "10.0.0.1:80") == "10.0.0.1:80"
+
+def test_a_scheduler_that_cannot_listen_says_why(capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["scheduler", "--port", str(port), "--dashboard", ":0"]) == 1
+        assert f"127.0.0.1:{port}" in (line := sentence(capsys))
+        assert "is the port taken?" in line
 
 
 # -- produce -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from headrace.gpu.errors import BrokerError
 from headrace.pipeline.ends import Ends
+from headrace.streams.topic_identity import Seen
 
 
 class Slow(Ends):
@@ -20,13 +21,13 @@ class Slow(Ends):
         super().__init__("localhost:9092", "docs", {}, executor)
         self.asked, self.may_answer, self.fails = 0, threading.Event(), False
 
-    def _latest(self) -> dict[int, int]:
+    def _latest(self) -> tuple[dict[int, int], Seen]:
         self.asked += 1
         number = self.asked
         self.may_answer.wait(10)
         if self.fails:
             raise BrokerError("away")
-        return {0: number}
+        return {0: number}, Seen(f"id-{number}", 1)
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ async def test_an_answer_that_is_new_enough_is_used_again(ends: Slow) -> None:
     assert await ends.known(0.0) == {0: 1}
     assert await ends.known(60.0) == {0: 1}
     assert await ends.known(0.0) == {0: 2}
+    assert ends.seen.topic_id == "id-2"
 
 
 async def test_those_who_give_up_leave_nothing_behind(ends: Slow) -> None:

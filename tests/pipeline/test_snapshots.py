@@ -18,6 +18,7 @@ import pytest
 import headrace
 from headrace.cluster.manifests import read_manifest
 from headrace.gpu.errors import (
+    ClusterError,
     CollectionError,
     CollectionExists,
     ConfigError,
@@ -124,6 +125,24 @@ class TestRestoring:
         assert [one.name for one in docs.snapshots()] == [first.name, second.name]
         assert second.rows == docs.count()
 
+    def test_a_copy_that_was_restored_for_a_look_leaves_the_place_to_whoever_has_it(
+        self, docs: Collection, copies: Database, tmp_path: Path
+    ) -> None:
+        docs.snapshot(str(tmp_path))
+        copies.restore(str(tmp_path))
+        with pytest.raises(SnapshotError, match="restore with take_over=True"):
+            copies.collection(docs.name).snapshot(str(tmp_path))
+        second = docs.snapshot(str(tmp_path))
+        # One that was dropped here is no more, so what is made of its snapshots goes on in its place.
+        copies.collection(docs.name).snapshot(str(tmp_path / "elsewhere"))
+        copies.drop_collection(docs.name)
+        copies.restore(str(tmp_path / "elsewhere"))
+        back = copies.collection(docs.name)
+        assert len([back.snapshot(str(tmp_path / "elsewhere")), *back.snapshots()]) == 3
+        assert docs.snapshot(str(tmp_path)).name > second.name
+        with pytest.raises(ConfigError, match="own name"):
+            copies.restore(str(tmp_path), "other", take_over=True)
+
     def test_under_another_name_beside_the_original(self, docs: Collection, two: Database, tmp_path: Path) -> None:
         docs.snapshot(str(tmp_path))
         with pytest.raises(CollectionExists, match=docs.name):
@@ -141,11 +160,15 @@ class TestRestoring:
         self, docs: Collection, copies: Database, tmp_path: Path
     ) -> None:
         first = docs.snapshot(str(tmp_path))
-        copies.restore(str(tmp_path))
+        copies.restore(str(tmp_path), take_over=True)
         back = copies.collection(docs.name)
         assert [one.name for one in back.snapshots()] == [first.name]
         second = back.snapshot(str(tmp_path))
         assert second.name > first.name
+        with pytest.raises(SnapshotError, match=f"which took snapshot {second.name} there"):
+            docs.snapshot(str(tmp_path))
+        assert "--take-over" in docs.status()["snapshots"]["failed"]
+        assert [one.name for one in back.snapshots()] == [first.name, second.name]
         assert second.bytes_written < first.bytes_written, "segments that were taken over were written again"
 
     def test_ingest_and_reads_go_on_meanwhile(
@@ -253,6 +276,12 @@ class TestRefusals:
         assert held(back) == held(docs)
         with pytest.raises(CollectionError, match="restored without its topic"):
             back.ingest(broker.bootstrap, topic=docs.name)
+        with pytest.raises(CollectionError, match="one snapshot is enough"):
+            back.snapshot(str(tmp_path / "alone"), every=1)
+        back.snapshot(str(tmp_path / "alone"))
+        copies.restore(str(tmp_path / "alone"), "third")
+        with pytest.raises(CollectionError, match="restored without its topic"):
+            copies.collection("third").ingest(broker.bootstrap, topic=docs.name)
 
     def test_topics_are_told_apart(self, broker: EmbeddedBroker, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
         told = {"source": {"bootstrap": broker.bootstrap, "topic": topic, "partitions": 4}, "offsets": [[0, 0]]}
@@ -357,6 +386,19 @@ class TestCommands:
         assert (told["rows"], told["problem"]) == (count, "")
         assert main(["snapshot", "--list", place]) == 0
         assert told["name"] in capsys.readouterr().out
+        assert main(["snapshot", "--list", place, "--check"]) == 0
+        assert "whole" in capsys.readouterr().out
+        assert main(["snapshot", docs.name, place, "--check"]) == 2
+        file = max((tmp_path / "segments").rglob("*"), key=lambda file: file.stat().st_size)
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert [one.problem for one in docs.snapshots(place)] == [""], "its files were read"
+        [problem] = [one.problem for one in docs.snapshots(place, check=True)]
+        assert file.name in problem
+        capsys.readouterr()
+        assert main(["snapshot", "--list", place, "--check"]) == 0
+        assert "is damaged" in " ".join(capsys.readouterr().out.split())
+        file.write_bytes(content)
         assert main(["restore", place]) == 1
         assert "exists already" in capsys.readouterr().err
         assert main(["restore", place, "--collection", "other"]) == 0
@@ -382,3 +424,51 @@ class TestCommands:
         assert held(copies.collection(docs.name)) == held(docs)
         cli_snapshot.bring_back(copies, str(tmp_path))
         assert docs.name not in capsys.readouterr().out, "it was there already"
+        copies.drop_collection(docs.name)
+        cli_snapshot.bring_back(copies, str(tmp_path))
+        assert f"{docs.name} was dropped and stays so" in capsys.readouterr().out
+        assert copies.collections() == []
+        copies.restore(str(tmp_path / docs.name))
+        back = copies.collection(docs.name)
+        assert held(back) == held(docs)
+        back.snapshot(str(tmp_path / docs.name))  # goes on in the place of the one that was dropped
+        back.snapshot(str(tmp_path / docs.name))
+
+    def test_of_two_folders_with_one_name_the_newest_comes_back(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = {"docs": [5.0, 1.0], "docs~0123": [4.0, 6.0], "other": [1.0]}
+        for folder in found:
+            (tmp_path / folder).mkdir()
+        restored: list[str] = []
+
+        class Played:
+            def collections(self) -> list[str]:
+                return ["other"]
+
+            def snapshots(self, url: str) -> list[headrace.Snapshot]:
+                name = Path(url).name
+                return [
+                    headrace.Snapshot(f"s{at}", name.partition("~")[0], url, created=at) for at in found[Path(url).name]
+                ]
+
+            def restore(self, url: str, *, take_over: bool) -> None:
+                restored.append(url)
+                raise SnapshotError("not here")
+
+        cli_snapshot.bring_back(Played(), str(tmp_path))  # type: ignore[arg-type]
+        assert restored == [f"{tmp_path}/docs~0123"]
+        assert "docs~0123 is not restored: not here" in capsys.readouterr().err
+
+
+async def test_a_restore_that_takes_too_long_says_that_it_goes_on() -> None:
+    async def late(op: str, *, deadline: float, **_: Any) -> dict[str, Any]:
+        raise ClusterError("it did not answer") from TimeoutError()
+
+    async def gone(op: str, *, deadline: float, **_: Any) -> dict[str, Any]:
+        raise ClusterError("it cannot be reached") from OSError()
+
+    with pytest.raises(ClusterError, match=r"'docs' was not loaded within .* goes on loading it"):
+        await snapshot_client.load(late, "docs", time.monotonic())
+    with pytest.raises(ClusterError, match="it cannot be reached"):
+        await snapshot_client.load(gone, "docs", time.monotonic())

@@ -15,7 +15,7 @@ from headrace.cluster.state import CollectionSpec, CollectionState, first_codebo
 from headrace.gpu.backend import resolve
 from headrace.gpu.rows import DELETED, Action, Batch
 from headrace.gpu.store import Store
-from headrace.pipeline import verifying
+from headrace.pipeline import comparison, verifying
 from headrace.pipeline.results import Verification
 from headrace.pipeline.verifying import Verifier
 from tests.faults import damage
@@ -78,6 +78,8 @@ class Copies:
                     self.apply(worker, offset)
                 heard, stamp = store.heard(message["ids"])
                 return {"heard": [one and list(one) for one in heard], "applied": list(stamp.items())}
+            case "drop_strays":
+                return {"dropped": store.drop_strays(message["ids"])}
         return {}
 
     # -- as a router does it -------------------------------------------------------------------------------------------
@@ -88,15 +90,16 @@ class Copies:
     async def required(self, *_: object) -> Mapping[int, int]:
         return {0: len(self._log)}
 
-    async def verify(self) -> Verification:
+    async def verify(self, *, repair: bool = False) -> Verification:
         router: Any = self
-        return await Verifier(self.call, router, "docs", deep=False).verify(repair=False, deadline=60.0)
+        return await Verifier(self.call, router, deep=False).verify(repair=repair, deadline=60.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def hurried() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verifying, "_PAUSE", 0.0)
+        for module in (comparison, verifying):
+            patch.setattr(module, "_PAUSE", 0.0)
         yield
 
 
@@ -141,3 +144,19 @@ async def test_a_row_that_a_copy_does_not_know_of_is_told_while_records_go_on(de
     found = await copies.verify()
     assert not found.ok
     assert "does not know of" in found.differences[0]
+
+
+async def test_a_row_that_stands_twice_is_found_and_mended_while_records_go_on() -> None:
+    """Both at the same version: by id and version, copies are alike, and searches answer with it twice."""
+    turns = itertools.cycle([0, 1, 2])
+    copies = Copies([("x", True), *[("y", True)] * 200], lambda *_: next(turns))
+    for worker in (A, B):
+        copies.apply(worker, 2)
+    damage.double(copies.stores[B], "x")
+    found = await copies.verify()
+    assert (found.ok, [one.id for one in found.ids]) == (False, ["x"])
+    assert found.ids[0].copies == {B: "answers with two rows of it"}
+    mended = await copies.verify(repair=True)
+    assert (mended.ok, mended.repaired) == (True, 1), mended
+    rows = [row.id for some in copies.stores[B].scan() for row in some]
+    assert sorted(rows) == ["x", "y"]

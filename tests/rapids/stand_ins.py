@@ -408,11 +408,11 @@ CUPY = Cupy()
 
 def install(patch: Any) -> SimpleNamespace:
     """Put the stand-ins where `headrace.gpu.rapids` expects RAPIDS; returns those that note what was asked of them."""
-    from headrace.gpu.rapids import flat, frames, graph, handles, kept, memory, scan
+    from headrace.gpu.rapids import flat, frames, graph, growing, handles, kept, memory, scan
     from headrace.gpu.rapids import ivf_pq as codes
     from headrace.gpu.rapids import kmeans as trained
 
-    for module in (codes, flat, frames, graph, kept, scan, trained):
+    for module in (codes, flat, frames, graph, growing, kept, scan, trained):
         patch.setattr(module, "cp", CUPY)
     own = SimpleNamespace(cagra=Cagra(), ivf_pq=IvfPq(), rmm=Rmm())
     patch.setattr(handles, "Resources", Handle)

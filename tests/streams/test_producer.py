@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -76,6 +77,22 @@ def test_ids_go_where_java_puts_them(broker):
             producer.send(b"key-%d" % i * (i % 4 + 1), None)
         for key, partition, _ in producer.flush().acks:
             assert partition == (murmur2(key) & 0x7FFFFFFF) % 7
+
+
+def test_an_open_producer_sees_that_its_topic_was_made_anew_and_is_wider(broker):
+    broker.create_topic("wider", 1)
+    with RecordProducer(broker.bootstrap, "wider") as producer:
+        assert {partition for _, partition, _ in written(producer, 0)} == {0}
+        broker.delete_topic("wider")
+        broker.create_topic("wider", 4)
+        until = time.monotonic() + 60  # of its own accord, librdkafka would look again after 5 minutes
+        while {partition for _, partition, _ in written(producer, 1)} != {0, 1, 2, 3}:
+            assert time.monotonic() < until, "it still writes as if there were one topic partition"
+            time.sleep(0.1)
+
+
+def written(producer, number):
+    return producer.write([(b"%d-%d" % (number, key), b"x", None) for key in range(40)], 30.0).acks
 
 
 def test_threads_wait_for_their_own_records(broker, topic):

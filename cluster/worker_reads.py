@@ -1,0 +1,190 @@
+"""A worker's half of reading: it waits until it has applied what a read requires, and answers from one view.
+
+Ids are looked up on the event loop; searches, scans and filtered counts go to executors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cluster.holding import Holding
+from headrace.cluster.replica import Replica
+from headrace.cluster.wire import floats_from_wire, offsets_from_wire, offsets_to_wire, rows_to_wire
+from headrace.gpu.errors import ClusterError, StaleEpoch
+from headrace.gpu.filters import Filter
+from headrace.gpu.gather import Gatherer, GatherSettings
+from headrace.gpu.store import Store, StoredRow, View
+
+__all__ = ["Reading"]
+
+_SCANS = 16
+
+
+class Reading(Holding):
+    """The part of `WorkerNode` that answers reads.
+
+    Each read names the epoch and the incarnation that its reader goes by, the offsets that must have been applied, and
+    the seconds that it waits for them.
+    """
+
+    calls: tuple[str, ...] = ("search", "get", "count", "wait", "scan")
+
+    def start_reading(self, settings: GatherSettings) -> None:
+        # Threads of their own: a scan or a digest never stands in a search's way.
+        self._searchers = ThreadPoolExecutor(settings.at_once, thread_name_prefix="headrace-search")
+        self._gatherer = Gatherer(self._searched, settings)
+        self._scans: dict[str, Any] = {}
+
+    def stop_reading(self) -> None:
+        self._searchers.shutdown(wait=False, cancel_futures=True)
+
+    async def _caught_up(
+        self, collection: str, epoch: int, incarnation: int, required: Sequence[Sequence[int]], deadline: float
+    ) -> Replica:
+        replica = self.replica(collection)
+        self._check_epoch(replica, epoch)
+        if replica.state.incarnation < incarnation:
+            # Its offsets are of another log, or of what was lost: they do not say what has been applied of this one.
+            begun = await self._begun(collection, incarnation)
+            if begun is None:
+                raise StaleEpoch(f"{self.address} has not begun incarnation {incarnation} of {collection!r} yet")
+            replica = begun
+        if required:
+            await replica.wait(offsets_from_wire(required), deadline)
+            self._check_epoch(replica, epoch)
+        return replica
+
+    def _check_epoch(self, replica: Replica, epoch: int) -> None:
+        """Raise `StaleEpoch` where rows may have gone that a read of `epoch` looks for here.
+
+        Not only by a newer state: a record that was routed by one takes rows away before this worker has heard of it.
+        """
+        if epoch < replica.fence:
+            name = replica.state.spec.name
+            raise StaleEpoch(f"{self.address} is at epoch {replica.fence} of {name!r}, the read at {epoch}")
+
+    async def on_search(
+        self,
+        collection: str,
+        epoch: int,
+        queries: Mapping[str, Any],
+        limit: int,
+        required: Sequence[Sequence[int]],
+        deadline_s: float,
+        where: Mapping[str, Any] | None = None,
+        recall_target: float | None = None,
+        incarnation: int = 0,
+    ) -> dict[str, Any]:
+        """The nearest rows for each query, their scores, and the moment (`View`) that they are of."""
+        replica = await self._caught_up(collection, epoch, incarnation, required, deadline_s)
+        store = replica.store
+        # The client has read the filter by the newest schema and sends the kinds along: this worker's may be older.
+        wanted = None if where is None else Filter.from_wire(where)
+        sought = _Sought(store, limit, wanted, recall_target)
+        answers = await self._gatherer.search(sought, floats_from_wire(queries))
+        self._check_epoch(replica, epoch)  # while the search waited its turn, rows may have gone that others hold now
+        moment: _Answer | View = answers[0] if answers else store.view
+        return {
+            "rows": [answer.rows for answer in answers],
+            "scores": [answer.scores for answer in answers],
+            "applied": offsets_to_wire(moment.stamp),
+            "moved": offsets_to_wire(moment.moved),
+        }
+
+    async def _searched(self, sought: _Sought, queries: npt.NDArray[np.float32]) -> list[_Answer]:
+        """One search for all that were gathered."""
+        return await asyncio.get_running_loop().run_in_executor(self._searchers, sought.search, queries)
+
+    async def on_get(
+        self,
+        collection: str,
+        epoch: int,
+        ids: Sequence[Any],
+        vectors: bool,
+        required: Sequence[Sequence[int]],
+        deadline_s: float,
+        incarnation: int = 0,
+    ) -> dict[str, Any]:
+        """Rows by id, None where an id is not here, and the moment."""
+        replica = await self._caught_up(collection, epoch, incarnation, required, deadline_s)
+        rows, view = replica.store.get(ids, vectors=vectors)
+        return {
+            "rows": rows_to_wire(rows),
+            "applied": offsets_to_wire(view.stamp),
+            "moved": offsets_to_wire(view.moved),
+        }
+
+    async def on_count(
+        self,
+        collection: str,
+        epoch: int,
+        required: Sequence[Sequence[int]],
+        deadline_s: float,
+        where: Mapping[str, Any] | None = None,
+        incarnation: int = 0,
+    ) -> dict[str, Any]:
+        """Rows by cell, and what had been applied."""
+        replica = await self._caught_up(collection, epoch, incarnation, required, deadline_s)
+        if where is None:
+            sizes = replica.store.cell_sizes()
+        else:
+            sizes = await self.read(replica.store.cell_sizes, Filter.from_wire(where))
+        return {"cell_sizes": [list(pair) for pair in sizes.items()], "applied": offsets_to_wire(replica.watermarks)}
+
+    async def on_wait(self, collection: str, required: Sequence[Sequence[int]], deadline_s: float) -> dict[str, Any]:
+        """Answer once all this has been applied here."""
+        await self.replica(collection).wait(offsets_from_wire(required), deadline_s)
+        return {}
+
+    async def on_scan(
+        self, collection: str, cursor: str | None, cells: Sequence[int] | None, vectors: bool = False
+    ) -> dict[str, Any]:
+        """Rows of one moment, a chunk a call; `cursor` is what the call before returned."""
+        if cursor is None:
+            wanted = None if cells is None else frozenset(cells)
+            cursor = uuid.uuid4().hex
+            self._scans[cursor] = self.replica(collection).store.scan(wanted, vectors=vectors)
+            while len(self._scans) > _SCANS:  # scans that nobody finished
+                self._scans.pop(next(iter(self._scans)))
+        if cursor not in self._scans:
+            raise ClusterError(f"the scan {cursor} is no longer known to {self.address}; begin it again")
+        rows: list[StoredRow] = await self.read(next, self._scans[cursor], [])
+        if not rows:
+            del self._scans[cursor]
+            return {"rows": [], "cursor": None}
+        return {"rows": rows_to_wire(rows), "cursor": cursor}
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one query is answered: rows and scores as they are sent, and the moment (`View`)."""
+
+    rows: list[Any]
+    scores: list[float]
+    stamp: Mapping[int, int]
+    moved: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sought:
+    """What searches must have in common to be one."""
+
+    store: Store
+    limit: int
+    where: Filter | None
+    recall_target: float | None
+
+    def search(self, queries: npt.NDArray[np.float32]) -> list[_Answer]:
+        found = self.store.search(queries, self.limit, where=self.where, recall_target=self.recall_target)
+        return [
+            _Answer(rows_to_wire(rows), scores, found.stamp, found.moved)
+            for rows, scores in zip(found.rows, found.scores, strict=True)
+        ]

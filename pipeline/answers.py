@@ -1,0 +1,58 @@
+"""One answer out of those of several workers. Pure.
+
+A row that moves may be told of by two: per id the newer version counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from headrace.cluster.wire import offsets_from_wire, rows_from_wire
+from headrace.gpu.store import StoredRow
+from headrace.pipeline.queries import best
+from headrace.pipeline.results import Hits, Row, Rows
+
+__all__ = ["hits_of", "row_of", "rows_of", "size_of"]
+
+Answers = Sequence[Mapping[str, Any]]
+
+
+def hits_of(answers: Answers, queries: int, limit: int, metric: str) -> list[Hits]:
+    """The best `limit` hits of each query."""
+    applied = _lowest(answers)
+    return [
+        Hits(best([(a["rows"][at], a["scores"][at]) for a in answers], limit, metric), applied) for at in range(queries)
+    ]
+
+
+def rows_of(answers: Answers) -> Rows:
+    """A row, or None, for each id that was asked for."""
+    rows: list[Row | None] = []
+    for copies in zip(*(rows_from_wire(answer["rows"]) for answer in answers), strict=True):
+        there = [row for row in copies if row is not None]
+        rows.append(row_of(max(there, key=lambda row: row.offset)) if there else None)
+    return Rows(rows, _lowest(answers))
+
+
+def size_of(answers: Answers) -> int:
+    """How many rows all cells have; of copies that differ, the larger counts."""
+    sizes: dict[int, int] = {}
+    for answer in answers:
+        for cell, rows in answer["cell_sizes"]:
+            sizes[cell] = max(sizes.get(cell, 0), rows)
+    return sum(sizes.values())
+
+
+def row_of(row: StoredRow) -> Row:
+    """A row as users see it."""
+    return Row(row.id, row.topic_partition, row.offset, row.timestamp, row.cell, row.attributes, row.vector)
+
+
+def _lowest(answers: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """What all of them had applied."""
+    low: dict[int, int] = {}
+    for answer in answers:
+        for tp, offset in offsets_from_wire(answer["applied"]).items():
+            low[tp] = min(low.get(tp, offset), offset)
+    return low
