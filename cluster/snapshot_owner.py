@@ -136,4 +136,5 @@ def folder_for(url: str, options: Mapping[str, Any], state: CollectionState) -> 
     newest = owner(entries_at(url, options))
     if newest is None or newest.lineage == state.lineage:
         return url
-    return f"{url.partition('~')[0]}~{state.lineage[:8]}"
+    above, slash, name = url.rpartition("/")
+    return f"{above}{slash}{name.partition('~')[0]}~{state.lineage[:8]}"

@@ -6,7 +6,6 @@ Ids are looked up on the event loop; searches, scans and filtered counts go to e
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,15 +16,14 @@ import numpy.typing as npt
 
 from headrace.cluster.holding import Holding
 from headrace.cluster.replica import Replica
+from headrace.cluster.scans import Scans
 from headrace.cluster.wire import floats_from_wire, offsets_from_wire, offsets_to_wire, rows_to_wire
-from headrace.gpu.errors import ClusterError, StaleEpoch
+from headrace.gpu.errors import StaleEpoch
 from headrace.gpu.filters import Filter
 from headrace.gpu.gather import Gatherer, GatherSettings
 from headrace.gpu.store import Store, StoredRow, View
 
 __all__ = ["Reading"]
-
-_SCANS = 16
 
 
 class Reading(Holding):
@@ -41,7 +39,7 @@ class Reading(Holding):
         # Threads of their own: a scan or a digest never stands in a search's way.
         self._searchers = ThreadPoolExecutor(settings.at_once, thread_name_prefix="headrace-search")
         self._gatherer = Gatherer(self._searched, settings)
-        self._scans: dict[str, Any] = {}
+        self._scans = Scans()
 
     def stop_reading(self) -> None:
         self._searchers.shutdown(wait=False, cancel_futures=True)
@@ -145,20 +143,18 @@ class Reading(Holding):
         return {}
 
     async def on_scan(
-        self, collection: str, cursor: str | None, cells: Sequence[int] | None, vectors: bool = False
+        self, collection: str, cursor: str | None, cells: Sequence[int] | None, vectors: bool = False, end: bool = False
     ) -> dict[str, Any]:
-        """Rows of one moment, a chunk a call; `cursor` is what the call before returned."""
+        """Rows of one moment, a chunk a call; `cursor` is what the call before returned. `end` gives none."""
+        if cursor is not None and end:
+            self._scans.end(cursor)
+            return {"rows": [], "cursor": None}
         if cursor is None:
             wanted = None if cells is None else frozenset(cells)
-            cursor = uuid.uuid4().hex
-            self._scans[cursor] = self.replica(collection).store.scan(wanted, vectors=vectors)
-            while len(self._scans) > _SCANS:  # scans that nobody finished
-                self._scans.pop(next(iter(self._scans)))
-        if cursor not in self._scans:
-            raise ClusterError(f"the scan {cursor} is no longer known to {self.address}; begin it again")
-        rows: list[StoredRow] = await self.read(next, self._scans[cursor], [])
+            cursor = self._scans.begin(self.address, self.replica(collection).store.scan(wanted, vectors=vectors))
+        rows: list[StoredRow] = await self.read(next, self._scans.chunks(self.address, cursor), [])
         if not rows:
-            del self._scans[cursor]
+            self._scans.end(cursor)
             return {"rows": [], "cursor": None}
         return {"rows": rows_to_wire(rows), "cursor": cursor}
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from headrace.gpu.errors import BackendError
 from headrace.gpu.index_spec import BuildParams
+from headrace.gpu.npz_files import arrays_of
 
 __all__ = ["MAGIC", "is_archive", "pq_params", "read", "write"]
 
@@ -74,8 +75,7 @@ def read(path: Path, kind: str) -> Mapping[str, npt.NDArray[Any]]:
             if not file.read().startswith(_END):
                 raise BackendError(f"{path} is damaged at its end: restore it or build it again")
             file.seek(0)
-            with np.load(file, allow_pickle=False) as parts:
-                arrays = {name: parts[name] for name in parts.files}
+            arrays = arrays_of(file)
         found, metric, vectors = str(arrays["kind"]), str(arrays["metric"]), arrays["vectors"]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise BackendError(f"cannot read an index from {path}: restore it or build it again ({error})") from error

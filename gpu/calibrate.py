@@ -26,7 +26,9 @@ asked about it: of eleven sets of rows there was none where they found over 0.02
 High efforts take most of the time, so none is tried beyond what will be asked for, nor far below; each is twice the one
 before.
 
-What nobody can know beforehand is the recall of queries that are unlike all rows: they get less than is promised.
+What nobody can know beforehand is the recall of queries that are unlike all rows. Once such have come they are known:
+the latest ones that the store was asked are a group too. In the streaming protocol of big-ann-benchmarks, where most
+queries' own clusters are not there yet, recall was 0.938 without them and is 0.950 (sliding window: 0.949 and 0.961).
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ _CHEAP = 2
 _FEWEST = 64
 _SOME = 64
 _FEW = 16
+_KNOWN = 32
 _SAMPLE = 1024
 _NEIGHBOURS = 8
 _NEAREST = 10
@@ -134,6 +137,7 @@ def calibrate(
     k: int = 10,
     queries: int = 192,
     seed: int = 0,
+    asked: Array | None = None,
 ) -> Calibration:
     """Search a new index with rising effort until it finds `recall_target`, and 0.99, and note the recall.
 
@@ -160,25 +164,29 @@ def calibrate(
         Of each group, at most; there are no more than rows.
     seed : int
         The same arguments give the same calibration.
+    asked : float32 (q, dim), optional
+        Queries that searches came with (`headrace.gpu.asked`). From 32 on their recall counts like the groups'.
     """
     efforts = kind.efforts(index, k)
     if efforts == (0,):
         return Calibration(((0, 1.0),))
     random = np.random.default_rng(seed)
     count = min(queries, len(vectors))
-    asked = [_between(backend, vectors, metric, count, random)]
+    groups = [_between(backend, vectors, metric, count, random)]
     if len(vectors) > _NEIGHBOURS and kind is not backend.kinds["graph"]:
-        asked.append(_among(backend, vectors, metric, min(_SOME, count), random))
+        groups.append(_among(backend, vectors, metric, min(_SOME, count), random))
     spread = _spread(backend, vectors, metric, count, random)
     if _alike(backend, vectors, metric, spread, random):
-        asked.append(spread)
+        groups.append(spread)
     k = min(k, len(vectors))
-    groups = [_Group(backend, vectors, metric, k, points) for points in asked]
+    if asked is not None and len(asked) >= _KNOWN:
+        groups.append(backend.xp.asarray(random.permutation(asked)))
+    judges = [_Group(backend, vectors, metric, k, points) for points in groups]
 
     def found(effort: int, most: int) -> float:
         # Where little effort finds little, many queries are needed to see how much; elsewhere each takes more time.
         asking = min(most, max(_FEWEST, queries * _CHEAP * efforts[0] // effort))
-        return min(group.found(kind, index, asking, effort) for group in groups)
+        return min(group.found(kind, index, asking, effort) for group in judges)
 
     tried = _climb(efforts, recall_target, lambda effort: found(effort, count), lambda effort: found(effort, _FEW))
     rising = np.maximum.accumulate([tried[effort] for effort in sorted(tried)])

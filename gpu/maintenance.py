@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from headrace.gpu.asked import Asked
 from headrace.gpu.backend import Array, Backend
 from headrace.gpu.budget import Budget, job_bytes
 from headrace.gpu.calibrate import calibrate
@@ -73,10 +74,12 @@ class Maintenance:
         budget: Budget,
         threads: int,
         settle_after: float,
+        asked: Asked,
     ) -> None:
         self._table, self._backend, self._dim, self._metric = table, backend, dim, metric
         self._spec, self._policy, self._budget, self._threads = spec, policy, budget, threads
         self._settle_after, self._seconds_per_row = settle_after, _SECONDS_PER_ROW
+        self._asked = asked
         self._claimed: set[int] = set()  # serials of segments that a job is rewriting; under the table's lock
         self._swapping = threading.Lock()
         self._params = functools.lru_cache(64)(build_params)
@@ -203,7 +206,15 @@ class Maintenance:
             self._backend,
             params,
             index,
-            calibrate(self._backend, kind, index, vectors, self._metric, recall_target=self._spec.recall_target),
+            calibrate(
+                self._backend,
+                kind,
+                index,
+                vectors,
+                self._metric,
+                recall_target=self._spec.recall_target,
+                asked=self._asked.latest(),
+            ),
             IdColumn.gather([(segment.ids, live) for segment, live in sources]),
             Versions.concatenate([segment.versions.take(live) for segment, live in sources]),
             Columns.gather(self._backend.xp, [(segment.columns, live) for segment, live in sources]),

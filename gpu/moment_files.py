@@ -21,6 +21,7 @@ from headrace.gpu.columns import Columns
 from headrace.gpu.errors import SnapshotDamaged, SnapshotError
 from headrace.gpu.ids import IdColumn
 from headrace.gpu.marks import Marks
+from headrace.gpu.npz_files import arrays_of
 from headrace.gpu.reading import to_host
 from headrace.gpu.row_arrays import columns_from, ids_from, of_columns, of_ids, of_versions, versions_from
 from headrace.gpu.rows import Action, Batch
@@ -152,8 +153,7 @@ def load(file: Path, name: str) -> Moment:
         It is of another format.
     """
     try:
-        with np.load(file, allow_pickle=False) as parts:
-            arrays = {key: parts[key] for key in parts.files}
+        arrays = arrays_of(file)
         about = json.loads(arrays["about"].tobytes())
         if about["format"] != _FORMAT:
             raise SnapshotError(f"{name} is written in format {about['format']!r}, this Headrace reads {_FORMAT}")

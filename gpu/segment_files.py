@@ -28,6 +28,7 @@ from headrace.gpu.calibrate import Calibration, calibrate
 from headrace.gpu.checksums import checksum, checksum_of
 from headrace.gpu.errors import BackendError, SnapshotDamaged, SnapshotError
 from headrace.gpu.index_spec import BuildParams
+from headrace.gpu.npz_files import arrays_of
 from headrace.gpu.row_arrays import columns_from, ids_from, of_columns, of_ids, of_versions, versions_from
 from headrace.gpu.segments import Sealed
 
@@ -184,8 +185,7 @@ def load(manifest: Manifest, backend: Backend, folder: Path, name: str, *, recal
     """
     kind, rows = backend.kinds[manifest.params.kind], manifest.rows
     try:
-        with np.load(folder / _ROWS, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = arrays_of(folder / _ROWS)
         index = kind.load(folder / _INDEX)
         ids, versions = ids_from(arrays, manifest.ids), versions_from(arrays)
         columns = columns_from(arrays, manifest.schema, rows, backend.xp)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from headrace.gpu import reading, usage
 from headrace.gpu.admission import PER_ID, Admission
 from headrace.gpu.applying import decide
+from headrace.gpu.asked import Asked
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
 from headrace.gpu.digests import DigestedRows, digested
@@ -86,6 +87,7 @@ class Store:
         seal_rows = seal_rows_that_fit(settings.seal_rows, index, dim, self._budget)
         self._table = Table(lambda: Growing(backend, dim, metric, index.dtype, ids, seal_rows), seal_rows, ids)
         self._admission = Admission(self._table, self._budget, backend.xp, ids)
+        self._asked = Asked()
         self._maintenance = Maintenance(
             self._table,
             backend,
@@ -96,6 +98,7 @@ class Store:
             self._budget,
             settings.build_threads,
             settings.settle_after,
+            self._asked,
         )
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -323,6 +326,7 @@ class Store:
             raise ConfigError(f"recall_target is {target!r}: give a number above 0 and at most 1, such as 0.95")
         if np.ndim(queries) != 2 or np.shape(queries)[1] != self.dim:
             raise ValueError(f"queries have shape {np.shape(queries)}: give (q, {self.dim}), one row for each")
+        self._asked.note(queries)
         return reading.search(self.view, self.backend, self.metric, queries, k, target, where, cells)
 
     def get(self, ids: Sequence[Id], *, vectors: bool = False) -> tuple[list[StoredRow | None], View]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
+from headrace.cluster.roles import may_ingest
 from headrace.cluster.wire import offsets_to_wire
 from headrace.gpu.errors import ClusterError, ConfigError
 from headrace.pipeline import config
@@ -13,6 +15,8 @@ from headrace.pipeline.reads import Router
 from headrace.streams.topics import Offsets
 
 __all__ = ["described", "until_read"]
+
+log = logging.getLogger("headrace.pipeline")
 
 
 async def described(bootstrap: str, topic: str, format: str) -> dict[str, Any]:
@@ -49,6 +53,8 @@ async def described(bootstrap: str, topic: str, format: str) -> dict[str, Any]:
 async def until_read(router: Router, partitions: int, deadline: float = 60.0) -> None:
     """Return once every topic partition is read: the workers load their encoder first, which takes a second.
 
+    Where no worker may read topics (its role), it returns at once, with a warning: records wait for one.
+
     Raises
     ------
     ClusterError
@@ -58,6 +64,10 @@ async def until_read(router: Router, partitions: int, deadline: float = 60.0) ->
     while True:
         answers = await router.ask_all("ingest_status", deadline)
         if {tp for answer in answers for tp in answer["reading"]} == set(range(partitions)):
+            return
+        state = await router.state(newest=True)
+        if not may_ingest(state.members, state.roles):
+            log.warning("collection %r: no worker that may read its topic is there; records wait for one", router.name)
             return
         if time.monotonic() >= until:
             raise ClusterError(

@@ -134,7 +134,7 @@ def bring_back(database: Database, url: str) -> None:
             click.echo(f"! {folder} is not restored: {error}", err=True)
             continue
         good = [one for one in found if not one.problem]
-        for one in found:
+        for one in good or found[-1:]:
             name, at = (one.collection, one.created) if good else (folder, 0.0)
             newest[name] = max(newest.get(name, (0.0, "")), (at, folder))
     there = set(database.collections())

@@ -245,7 +245,7 @@ class Database:
         return self._sync(self._async.collections)  # type: ignore[no-any-return]
 
     def drop_collection(self, name: str) -> None:
-        """Forget a collection and its rows; the topic in Kafka stays as it is."""
+        """Forget a collection and its rows; its topic in Kafka stays as it is, and so do its snapshots."""
         self._sync(self._async.drop_collection, name)
 
     def status(self) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class AsyncDatabase:
         return snapshot_client.restoration(loaded, name, *caught_up)
 
     async def drop_collection(self, name: str) -> None:
-        """Forget a collection and its rows; the topic in Kafka stays as it is."""
+        """Forget a collection and its rows; its topic in Kafka stays as it is, and so do its snapshots."""
         await self._scheduler("drop", collection=name)
         if opened := self._open.pop(name, None):
             opened.look_again()

@@ -6,6 +6,7 @@ The scheduler only says who they are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -157,27 +158,27 @@ class AsyncCollection:
         else:
             plan = {}
             for cell in state.cells:
+                if not state.serving.get(cell):
+                    raise ClusterError(f"cell {cell} of collection {self.name!r} has no copy to be read at the moment")
                 cells = plan.setdefault(state.serving[cell][0], [])
                 assert cells is not None
                 cells.append(cell)
         for address, cells in plan.items():
+            asked = {"collection": self.name, "cells": cells, "vectors": vectors}
             cursor: str | None = None
-            while True:
-                answer = await self._call(
-                    address,
-                    "scan",
-                    deadline=30.0,
-                    collection=self.name,
-                    cursor=cursor,
-                    cells=cells,
-                    vectors=vectors,
-                )
-                for row in rows_from_wire(answer["rows"]):
-                    if row is not None:
-                        yield row_of(row)
-                cursor = answer["cursor"]
-                if cursor is None:
-                    break
+            try:
+                while True:
+                    answer = await self._call(address, "scan", deadline=30.0, cursor=cursor, **asked)
+                    cursor = answer["cursor"]
+                    for row in rows_from_wire(answer["rows"]):
+                        if row is not None:
+                            yield row_of(row)
+                    if cursor is None:
+                        break
+            finally:
+                if cursor is not None:  # whoever reads it has had enough
+                    with contextlib.suppress(ClusterError):  # the worker has ended, and the scan with it
+                        await self._call(address, "scan", deadline=2.0, cursor=cursor, end=True, **asked)
 
     async def still_there(self) -> None:
         """Raise `CollectionNotFound` if the collection was dropped, or another was made under its name."""

@@ -132,6 +132,8 @@ class TestManifest:
         # Manifests from before that was written down: rows whose topic is not known.
         unmarked = dataclasses.replace(read, state=read.state.with_(snapshots=Snapshots()))
         assert _beginning(fresh, unmarked, "/s", only=False, follow=True).snapshots.detached
+        bare = dataclasses.replace(read, parts=(dataclasses.replace(part(), rows={}),))
+        assert _beginning(fresh, bare, "/s", only=False, follow=True).snapshots.detached, "all its rows were deleted"
         # One that has no rows yet may read any topic, and one that has its topic goes on.
         empty = dataclasses.replace(unmarked, parts=(dataclasses.replace(part(), rows={}),))
         assert not _beginning(fresh, empty, "/s", only=False, follow=True).snapshots.detached

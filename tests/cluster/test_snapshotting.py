@@ -14,7 +14,7 @@ import pytest
 
 from headrace.cluster.coordinator import Coordinator, CoordinatorSettings
 from headrace.cluster.manifests import Manifest, manifest_of
-from headrace.cluster.snapshot_owner import check_mark, claim, end, read_mark
+from headrace.cluster.snapshot_owner import check_mark, claim, end, folder_for, read_mark
 from headrace.cluster.snapshot_settings import SnapshotSettings, entries_at
 from headrace.cluster.snapshot_state import Restoring, Snapshots
 from headrace.cluster.snapshots import choose, next_id, owner
@@ -325,6 +325,7 @@ class TestTaking:
             await after.attach(SOURCE)
             await until(lambda: after.state.snapshots.last != "", "its own is taken", deadline=20.0)
             assert after.state.snapshots.last_url == str(tmp_path / "docs~u2000000")
+            assert folder_for(after.state.snapshots.url, {}, before.state) == str(tmp_path / "docs~u1")
             assert after.state.snapshots.url == after.state.snapshots.last_url, "status shows another place"
             assert after.state.snapshots.failed == ""
         finally:
@@ -341,6 +342,9 @@ class TestTaking:
             mark = read_mark(Place(str(tmp_path)))
             assert mark is not None
             assert not mark.ended
+            (tmp_path / "owner.json").unlink()
+            await coordinator.snapshots.end()
+            assert read_mark(Place(str(tmp_path))) is None, "the newest manifest says whose it is"
             coordinator.state = coordinator.state.with_(snapshots=replace(own.snapshots, heir_of="u1"))
             await coordinator.snapshots.end()
             mark = read_mark(Place(str(tmp_path)))
@@ -380,20 +384,30 @@ class TestTwoAtOnePlace:
 
     def whole(self, taking: Taking, url: str, using: tuple[SegmentFile, ...] = ()) -> str:
         """A snapshot as `Taking` takes it, but in one thread; gives its name, or "" where it is refused."""
-        state, snapshot = taking._owner.state, ""
+        return self.begun(taking, url, using)()
+
+    def begun(self, taking: Taking, url: str, using: tuple[SegmentFile, ...] = ()) -> Callable[[], str]:
+        """As `whole`, up to the manifest; what is given does the rest."""
+        state = taking._owner.state
         try:
             entries = claim(url, {}, state)
-            snapshot = next_id(entries, 1e9, state.spec.uid)
-            part = written({"snapshot": snapshot, "part": "part-0", "url": url})
-            parts = {A: replace(part, segments=(*part.segments, *using))}
-            manifest = manifest_of(state, snapshot, parts, lineage=state.lineage, created=1e9, seconds=0.0)
-            _finish(Place(url), manifest, state)
-            taking._check_alone(url, entries)
         except SnapshotError:
-            if snapshot:
+            return lambda: ""
+        snapshot = next_id(entries, 1e9, state.spec.uid)
+        part = written({"snapshot": snapshot, "part": "part-0", "url": url})
+        parts = {A: replace(part, segments=(*part.segments, *using))}
+        manifest = manifest_of(state, snapshot, parts, lineage=state.lineage, created=1e9, seconds=0.0)
+
+        def rest() -> str:
+            try:
+                _finish(Place(url), manifest, state)
+                taking._check_alone(url, entries)
+            except SnapshotError:
                 taking._leave_nothing(url, snapshot)
-            return ""
-        return snapshot
+                return ""
+            return snapshot
+
+        return rest
 
     def interrupting(self, monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], Any]) -> list[int]:
         """Have `what` done when a place is used for the time number `at`; counts the uses."""
@@ -412,24 +426,33 @@ class TestTwoAtOnePlace:
             monkeypatch.setattr(Place, name, hooked(getattr(Place, name)))
         return uses
 
-    @pytest.mark.parametrize("keep", [0, 1])
+    @pytest.mark.parametrize(
+        ("first", "second", "keep", "half"),
+        [("u1", "u2", 0, False), ("u2", "u1", 1, False), ("u1", "u2", 1, True), ("u2", "u1", 0, True)],
+    )
     def test_of_two_new_collections_one_gets_the_folder(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str, keep: int, half: bool
     ) -> None:
+        """The second does all it does at some moment of the first; or `half` of it, and the rest afterwards."""
         at, wins = 0, set()
         while True:
             at += 1
             url = str(tmp_path / f"docs{at}")
-            one, other = self.taking("u1"), self.taking("u2")
+            one, other = self.taking(first), self.taking(second)
+            left: list[Callable[[], str]] = []
 
-            def others(other: Taking = other, url: str = url) -> None:
-                self.whole(other, url)
-                other._give_up(url, keep, "u2")
+            def others(other: Taking = other, url: str = url, left: list[Any] = left) -> None:
+                left.append(self.begun(other, url))
+                if not half:
+                    left.pop()()
+                    other._give_up(url, keep, second)
 
             with monkeypatch.context() as patched:
                 uses = self.interrupting(patched, at, others)
                 self.whole(one, url)
-                one._give_up(url, keep, "u1")
+                one._give_up(url, keep, first)
+            for rest in left:
+                rest()
             there = entries_at(url, {})
             assert len({entry.manifest.lineage for entry in there if entry.manifest}) == len(there) <= 1
             for entry in there:
@@ -441,7 +464,7 @@ class TestTwoAtOnePlace:
             if uses[0] < at:
                 break
         assert at > 10, "nothing was interrupted"
-        assert wins == {"u1", "u2"}
+        assert wins == {"u1", "u2"}, "neither order is tried"
 
     def test_an_heir_loses_nothing_to_the_retention_of_whom_it_follows(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -494,6 +517,10 @@ class TestTwoAtOnePlace:
         assert end(url, {}, taking._owner.state)
         with pytest.raises(SnapshotError, match="was dropped while"):
             check_mark(Place(url), taking._owner.state)
+        manifest = entries_at(url, {})[0].manifest
+        assert manifest is not None
+        with pytest.raises(SnapshotError, match="was dropped while"):
+            _finish(Place(url), manifest, taking._owner.state)
 
 
 class TestUnreadable:

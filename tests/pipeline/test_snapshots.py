@@ -437,7 +437,7 @@ class TestCommands:
     def test_of_two_folders_with_one_name_the_newest_comes_back(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        found = {"docs": [5.0, 1.0], "docs~0123": [4.0, 6.0], "other": [1.0]}
+        found = {"docs": [5.0, 1.0], "docs~0123": [4.0, 6.0], "docs~99": [3.0], "other": [1.0]}
         for folder in found:
             (tmp_path / folder).mkdir()
         restored: list[str] = []
@@ -448,8 +448,10 @@ class TestCommands:
 
             def snapshots(self, url: str) -> list[headrace.Snapshot]:
                 name = Path(url).name
+                damaged = headrace.Snapshot("s9", "", url, problem="its manifest is damaged")
                 return [
-                    headrace.Snapshot(f"s{at}", name.partition("~")[0], url, created=at) for at in found[Path(url).name]
+                    *(headrace.Snapshot(f"s{at}", name.partition("~")[0], url, created=at) for at in found[name]),
+                    damaged,
                 ]
 
             def restore(self, url: str, *, take_over: bool) -> None:
