@@ -237,7 +237,7 @@ class _Group:
             new = self._queries[known : max(asking, _FEWEST)]
             bounds = _bound(self._backend, self._vectors, new, self._k, self._metric)
             self._bounds = self._backend.xp.concatenate([self._bounds, bounds])
-        return _found(kind, index, self._queries[:asking], self._bounds, self._k, self._metric, effort)
+        return _found(kind, index, self._queries[:asking], self._bounds[:asking], self._k, self._metric, effort)
 
 
 def _bound(backend: Backend, vectors: Array, asked: Array, k: int, metric: str) -> Array:

@@ -76,6 +76,14 @@ def test_queries_that_are_unlike_the_rows_find_what_they_were_promised() -> None
     assert recall(found(after.effort(0.95)), rows, new) > 0.9
 
 
+@pytest.mark.parametrize("count", [1, 3, 9, 20])
+@pytest.mark.parametrize("kind", ["graph", "ivf_pq"])
+def test_more_queries_were_asked_than_there_are_rows(count: int, kind: str) -> None:
+    rows, built = random_rows(count, 32, "cosine"), HOST.kinds[kind]
+    index = built.build(rows, "cosine", build_params(IndexSpec(kind), count, 32))
+    assert calibrate(HOST, built, index, rows, "cosine", asked=unlike(100)).best == 1
+
+
 @pytest.mark.parametrize("asks", [False, True])
 def test_a_store_calibrates_with_what_it_was_asked(asks: bool) -> None:
     store = Store(HOST, 32, "cosine", StoreSettings(seal_rows=4096), index=IndexSpec("graph"))
