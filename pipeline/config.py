@@ -23,7 +23,8 @@ __all__ = ["apply_dask_defaults", "cache_dir", "check", "get", "options"]
 _HERE = Path(__file__).parent
 _SCHEMA: Mapping[str, Any] = yaml.safe_load((_HERE / "headrace-schema.yaml").read_text(encoding="utf-8"))
 _ROOT: Mapping[str, Any] = _SCHEMA["properties"]["headrace"]
-dask.config.update_defaults(yaml.safe_load((_HERE / "headrace.yaml").read_text(encoding="utf-8")))
+_DEFAULTS: Mapping[str, Any] = yaml.safe_load((_HERE / "headrace.yaml").read_text(encoding="utf-8"))
+dask.config.update_defaults(_DEFAULTS)
 
 _SECRET = ("kafka.", "snapshots.options.")
 """Passwords may be among these: what they are is not shown."""
@@ -98,7 +99,7 @@ def get(key: str) -> Any:
     rules = options()
     if key not in rules:
         raise ConfigError(_unknown(key, rules))
-    value = dask.config.get(f"headrace.{key}")
+    value = _section(f"headrace.{key}")
     _check_value(key, value, rules[key])
     unit = rules[key].get("format")
     if unit and value is not None:
@@ -114,7 +115,20 @@ def check() -> None:
     ConfigError
         At the first option that is unknown (with the nearest known one) or has a value that cannot be.
     """
-    _check_section("", dask.config.get("headrace"), _ROOT)
+    _check_section("", _section("headrace"), _ROOT)
+
+
+def _section(name: str) -> Any:
+    """An option, or all below it.
+
+    Where this module was first imported inside a ``with dask.config.set(...)``, Dask takes the defaults away at its
+    end, because they were not there at its beginning.
+    """
+    try:
+        return dask.config.get(name)
+    except KeyError:
+        dask.config.update(dask.config.config, _DEFAULTS, priority="old")
+        return dask.config.get(name)
 
 
 def kafka_settings() -> dict[str, str]:
@@ -125,7 +139,7 @@ def kafka_settings() -> dict[str, str]:
 def snapshot_options() -> dict[str, Any]:
     """The option ``headrace.snapshots.options`` as fsspec wants it: sections within it stay sections."""
     get("snapshots.options")
-    return dict(dask.config.get("headrace.snapshots.options"))
+    return dict(_section("headrace.snapshots.options"))
 
 
 def cache_dir() -> Path:

@@ -23,7 +23,12 @@ from headrace.pipeline.client import Database
 from headrace.streams.broker import EmbeddedBroker
 from tests.faults.test_worker_killed import DIM, Quiet, vector
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+# Dask leaves sockets to a scheduler that was killed to the collector, which may come by at any time.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 SOON = 90.0
 

@@ -23,7 +23,8 @@ from headrace.streams.broker import EmbeddedBroker
 from tests.faults.test_worker_killed import DIM, SEED, Quiet, Writer, judge, searchable, vector
 from tests.history.recorder import Recorded, Recorder
 
-pytestmark = pytest.mark.slow
+# Dask leaves sockets to a scheduler that was killed to the collector, which may come by at any time.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")]
 
 log = logging.getLogger("tests.faults")
 

@@ -13,7 +13,12 @@ import pytest
 from benchmarks.soak import soak
 from tests.faults.conftest import Kept
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+# Dask leaves sockets to a scheduler that was killed to the collector, which may come by at any time.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 SEED = int(os.environ.get("HEADRACE_SOAK_SEED", "43"))
 

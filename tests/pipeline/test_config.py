@@ -202,3 +202,22 @@ for _ in range(2):
 
 def _chunked(words: list[str], size: int) -> list[list[str]]:
     return [words[start : start + size] for start in range(0, len(words), size)]
+
+
+def test_defaults_outlive_the_block_in_which_headrace_was_first_used() -> None:
+    said = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import dask, headrace\n"
+            "with dask.config.set({'headrace.ingest.max-batch': 77}):\n"
+            "    from headrace.pipeline import config\n"
+            "    print(config.get('ingest.max-batch'))\n"
+            "config.check()\n"
+            "print(config.get('ingest.max-batch') == config._DEFAULTS['headrace']['ingest']['max-batch'])\n",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.split() == ["77", "True"]
