@@ -58,13 +58,13 @@ class Admission:
         """What of a decision there is room for: all of it, or what needs none and why the rest is refused."""
         if self._budget.limit is None or not (len(decision.insert) or len(decision.remember)):
             return decision, None
-        full = self._full
         try:
             self._room_for(self._growth(batch, decision), self._deletions(batch, strangers(decision)))
         except StoreFull as error:
             refused = error
             if (too_large := self._too_large(batch, decision)) is not None:
-                refused, self._full = too_large, full  # it says nothing about the room there is
+                # What was refused before may have been refused for its sake; if not, the next record says so again.
+                refused, self._full = too_large, ""
         else:
             return decision, None
         rest = without_rows(decision, batch, strangers_too=False)

@@ -79,6 +79,9 @@ def check_ids(ids: Any, kind: str, collection: str) -> list[Any]:
                 f"id {row_id!r} (number {position}) is no {kind}, and the ids of collection {collection!r} are"
             )
     if kind == "string":
+        for position, row_id in enumerate(wanted):
+            if not row_id.isascii() and any("\ud800" <= sign <= "\udfff" for sign in row_id):
+                raise RecordError(f"id {row_id!r} (number {position}) is no text: half a surrogate pair is no UTF-8")
         return wanted
     numbers = [int(row_id) for row_id in wanted]
     for position, number in enumerate(numbers):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from headrace.gpu.errors import ClusterError
-from headrace.pipeline.cli_common import Command
+from headrace.pipeline.cli_common import Command, typed
 
 if TYPE_CHECKING:
     from headrace.pipeline.processes import Child
@@ -91,7 +91,8 @@ def up(
 
     check_host(host)
     dashboard_address(dashboard, host)
-    place = keep_at(snapshots)
+    with typed():
+        place = keep_at(snapshots)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -105,9 +105,12 @@ def keep_at(url: str | None) -> str:
     """Have this process, and those that it starts, take snapshots at `url`; the option's own if None. Gives the URL."""
     import dask
 
+    from headrace.gpu.errors import ConfigError
     from headrace.pipeline import config
     from headrace.pipeline.arguments import snapshot_url
 
+    if url is not None and not url.strip():
+        raise ConfigError("--snapshots is empty: give a folder or a URL, or leave the option out")
     place = snapshot_url(config.get("snapshots.url") or "" if url is None else url)
     if place:
         os.environ["DASK_HEADRACE__SNAPSHOTS__URL"] = place

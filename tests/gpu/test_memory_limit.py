@@ -155,6 +155,7 @@ def test_a_row_that_an_empty_store_had_no_room_for_is_said_to_be_too_large() -> 
     assert store.view.rows == 0
     assert store.view.stamp == {}
     assert not store._budget.tight, "tidying up cannot help"
+    assert not store.statistics()["memory"]["full"], "what was refused with it had room"
     fill(store)
     with pytest.raises(StoreFull) as caught:
         store.apply(batch_of([{**fits, "id": -2}], DIM))

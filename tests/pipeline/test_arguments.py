@@ -40,6 +40,11 @@ def test_ids_of_another_kind(ids: Any, kind: str) -> None:
         check_ids(ids, kind, "docs")
 
 
+def test_an_id_that_is_no_utf_8_is_refused() -> None:
+    with pytest.raises(RecordError, match=r"number 1.*half a surrogate pair"):
+        check_ids(["ä", "a\ud800"], "string", "docs")
+
+
 def test_ids() -> None:
     assert check_ids("a", "string", "docs") == ["a"]
     assert check_ids(iter(["a", "b"]), "string", "docs") == ["a", "b"]

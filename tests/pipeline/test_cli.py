@@ -165,6 +165,11 @@ def test_ctrl_c_is_quiet(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> No
     assert captured.out == ""
 
 
+def test_up_refuses_a_place_that_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["up", "--snapshots", ""]) == 2
+    assert "--snapshots is empty" in capsys.readouterr().err
+
+
 def test_others_may_not_reach_a_cluster_without_tls(capsys: Capture) -> None:
     assert cli.main(["up", "--host", "0.0.0.0", "--port", "0"]) == 1
     assert "TLS" in sentence(capsys)
