@@ -11,6 +11,7 @@ Similarity-Search Methods in High-Dimensional Spaces, VLDB 1998).
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,14 @@ _Floats = npt.NDArray[np.float32]
 _Bools = npt.NDArray[np.bool_]
 _Ints = npt.NDArray[np.int64]
 
-_FEW = 1 << 20
+_FEW = 1 << 19
 """So few numbers are read at once as fast as their bytes are."""
 _STEPS = 127
 _PIECE = 1 << 10
 _TINY = 1e-17
 """Lengths are no more exact than this: squares of smaller numbers are lost in float32."""
+_LARGE = 1e15
+"""Of larger ones the squares may be infinite in float32."""
 _UNIT = 2.0**-23
 _SEVERAL = 4
 """For each row that is asked for, and eight more, so many are scored. Of 16 K rows, the best ten of 64 are certain for
@@ -64,12 +67,16 @@ class Codes:
         The gap of these.
     """
 
-    def __init__(self, vectors: _Floats, expected: int) -> None:
+    def __init__(self, vectors: _Floats, metric: str, expected: int) -> None:
+        self._metric = metric
         self.centre = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
         with np.errstate(over="ignore"):
             farthest = max(float((vectors - self.centre).max()), float((self.centre - vectors).max()))
         self.scale = farthest / _STEPS if _TINY < farthest < math.inf else 1.0
         self.gap = self.reach = 0.0
+        self._off_origin = _length(self.centre)
+        self._view: tuple[int, Any] = 0, None
+        self._read = False
         self._bytes = _buffer(vectors.shape[1], expected)
         self.append(vectors)
         self.learnt, self.fits = len(vectors), self.gap
@@ -90,6 +97,9 @@ class Codes:
             piece = slice(start, start + _PIECE)
             coded[piece] = self._coded(vectors[piece])
         self._bytes.append(coded)
+        if self._read:  # better made by the writer than by the next search, which somebody waits for
+            self._read = False
+            self._view_of(len(self._bytes))
 
     def _coded(self, rows: _Floats) -> npt.NDArray[np.uint8]:
         """The bytes of some rows; what they lack is noted."""
@@ -104,10 +114,10 @@ class Codes:
 
     def _size(self) -> float:
         """No vector is longer, but by the gap."""
-        return self.reach + _longest(self.centre[None])
+        return self.reach + self._off_origin
 
     def nearest(
-        self, allowed: _Bools | None, queries: _Floats, k: int, metric: str, rows: int
+        self, allowed: _Bools | None, queries: _Floats, k: int, rows: int
     ) -> tuple[npt.NDArray[np.float64], _Ints]:
         """The `k` allowed ones of the first `rows` rows that look best, and how good any other row can be at most.
 
@@ -119,28 +129,64 @@ class Codes:
         rows : int64 (q, k)
             -1 where there are fewer.
         """
-        view = storage.over(self._bytes.first(rows), metric)
+        self._read = True
+        asked = [self._asked(query) for query in queries]
+        steps = np.stack([one.steps for one in asked]) if len(asked) > 1 else asked[0].steps[None]
         params = storage.parameters(storage.faiss.SearchParameters, allowed)
-        off = 4 * ranking.rounding(queries.shape[1])
-        size = self._size() + self.gap
-        with np.errstate(over="ignore", invalid="ignore"):
-            middle = self.centre if metric == "l2" else np.float32(0)
-            scale = abs(queries).max(axis=1, keepdims=True) / np.float32(_STEPS)
-            if metric == "l2":
-                scale = np.full_like(scale, self.scale)
-            # FAISS makes bytes of the query too: the error of that has to be known.
-            asked = np.rint((queries - middle) / scale).clip(-_STEPS, _STEPS)
-            lacks = np.array([_longest(gap[None]) for gap in queries - middle - asked * scale])
-            scores, found = storage.search(view, asked, k, params)
-            last = scores[:, -1].astype(np.float64)
-            lengths = np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64))
-            if metric == "l2":
-                bound = self.scale * np.sqrt(last) * (1 - off) - self.gap - lacks - off * (lengths + size)
+        scores, found = storage.search(self._view_of(rows), steps, k, params)
+        size, off = self._size() + self.gap, 4 * ranking.rounding(queries.shape[1])
+        bound = np.full(len(queries), np.nan)
+        for at, one in enumerate(asked):
+            last = float(scores[at, -1])
+            if found[at, -1] < 0:
+                continue
+            if self._metric == "l2":
+                less = self.gap + one.lacks + off * (one.length + size)
+                bound[at] = self.scale * math.sqrt(last) * (1 - off) - less
             else:
-                products = queries.astype(np.float64) @ self.centre + self.scale * scale[:, 0] * last
-                bound = products + lengths * (self.gap + off * size) + lacks * self.reach
-        bound[found[:, -1] < 0] = np.nan
+                product = float(np.dot(queries[at], self.centre)) + self.scale * one.scale * last
+                bound[at] = product + one.length * (self.gap + off * size) + one.lacks * self.reach
         return bound, found
+
+    def _asked(self, query: _Floats) -> _Asked:
+        """FAISS makes bytes of the query too: the error of that has to be known.
+
+        In few steps: what others have put in the processor's caches since the last search makes each of them ten times
+        as long as it is when it is timed by itself.
+        """
+        length = _length(query)
+        if not (length < _LARGE and self._size() < _LARGE):
+            return _Asked(np.zeros_like(query), 1.0, length, math.nan)
+        if self._metric == "l2":
+            query = query - self.centre
+        largest = max(float(query.max()), -float(query.min()))
+        scale = self.scale if self._metric == "l2" else max(largest / _STEPS, _TINY)
+        steps = np.rint(query * np.float32(1 / scale))
+        if largest > scale * _STEPS:
+            steps = steps.clip(-_STEPS, _STEPS)
+        return _Asked(steps, scale, length, _length(query - steps * np.float32(scale)))
+
+    def _view_of(self, rows: int) -> Any:
+        """FAISS's index over the bytes of the first `rows` rows, kept for the next search of as many."""
+        known, view = self._view
+        if known != rows:
+            view = storage.over(self._bytes.first(rows), self._metric)
+            self._view = rows, view
+        return view
+
+
+class _Asked(NamedTuple):
+    """A query in bytes, and by how much these are off: NaN where nothing can be said."""
+
+    steps: _Floats
+    scale: float
+    length: float
+    lacks: float
+
+
+def _length(vector: _Floats) -> float:
+    """Rounded up."""
+    return math.sqrt(float(np.dot(vector, vector))) * (1 + 2 * ranking.rounding(len(vector))) + _TINY
 
 
 def _longest(rows: _Floats) -> float:
@@ -179,11 +225,11 @@ class CodedVectors(GrowingVectors):
         kept, codes = self._kept.first(), self._codes
         if codes is None:
             if kept.size >= _FEW:
-                self._codes = Codes(kept, self._expected)
+                self._codes = Codes(kept, self._metric, self._expected)
             return
         codes.append(vectors)
         if codes.gap > 2 * codes.fits and len(kept) >= 2 * codes.learnt:
-            self._codes = Codes(kept, self._expected)  # what has come is unlike what was first
+            self._codes = Codes(kept, self._metric, self._expected)  # what has come is unlike what was first
 
     def search(self, allowed: _Bools | None, queries: _Floats, k: int, rows: int) -> tuple[_Floats, _Ints]:
         codes = self._codes
@@ -199,19 +245,36 @@ class CodedVectors(GrowingVectors):
         if self._rest > 0:
             self._rest -= 1
             return super().search(allowed, queries, k, rows)
-        bound, found = codes.nearest(allowed, queries, several, self._metric, rows)
-        found.sort(axis=1)  # of equal rows the first is taken, as where all are read
-        scores, best = ranking.rank(np, self._kept.first(rows), None, queries, found, k, self._metric)
-        worst = scores[:, -1].astype(np.float64)
-        if self._metric == "l2":
-            worst = -np.sqrt(worst) * (1 + ranking.rounding(self._dim))
-            bound = -bound
-        certain = worst > bound  # no other row is as good as the worst of these
-        unsure = np.flatnonzero(~certain)
-        if len(unsure):
+        bound, found = codes.nearest(allowed, queries, several, rows)
+        scores, best = ranking.nothing_found(np, len(queries), k, self._metric)
+        certain = [
+            self._scored(query, candidates, least, score, row)
+            for query, candidates, least, score, row in zip(queries, found, bound.tolist(), scores, best, strict=True)
+        ]
+        unsure = [at for at, sure in enumerate(certain) if not sure]
+        if unsure:
             self._failed += 1
             self._rest = min(1 << self._failed, _LONGEST_REST)
             scores[unsure], best[unsure] = super().search(allowed, queries[unsure], k, rows)
         else:
             self._failed = 0
         return scores, best
+
+    def _scored(self, query: _Floats, candidates: _Ints, bound: float, scores: _Floats, rows: _Ints) -> bool:
+        """Write the best of the candidates into `scores` and `rows`, (k,); False if another row may be as good."""
+        if math.isnan(bound):
+            return False
+        candidates.sort()  # of equal rows the first is taken, as where all are read
+        vectors = self._kept.take(candidates)
+        if self._metric == "l2":
+            vectors -= query
+            values = np.einsum("ij,ij->i", vectors, vectors)
+            order = values.argsort(kind="stable")[: len(rows)]
+        else:
+            values = np.einsum("ij,j->i", vectors, query)
+            order = (-values).argsort(kind="stable")[: len(rows)]
+        scores[:], rows[:] = values[order], candidates[order]
+        worst = float(scores[-1])
+        if self._metric == "l2":
+            return math.sqrt(worst) * (1 + ranking.rounding(self._dim)) < bound
+        return worst > bound

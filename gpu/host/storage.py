@@ -127,9 +127,9 @@ def openmp(threads: int) -> Iterator[None]:
 
 
 def parameters(kind: Any, allowed: _Bools | None, **values: Any) -> Any:
-    """FAISS's search parameters of a kind, with the rows that may be found."""
+    """FAISS's search parameters of a kind, with the rows that may be found; None where nothing is to be said."""
     if allowed is None:
-        return kind(**values)
+        return kind(**values) if values else None
     return kind(sel=faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little")), **values)
 
 

@@ -102,9 +102,9 @@ def test_the_bound_holds_for_every_other_row(metric: str, dim: int) -> None:
             rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         # In few dimensions all errors may point the same way, and then the bound is tight.
         queries = np.concatenate([rows[:60] * 0.99, random_rows(60, dim, metric, seed=3), np.zeros((1, dim), "f4")])
-        codes = Codes(rows[:700], 1500)
+        codes = Codes(rows[:700], metric, 1500)
         codes.append(rows[700:])
-        bound, found = codes.nearest(None, queries, 1, metric, 1500)
+        bound, found = codes.nearest(None, queries, 1, 1500)
         truth = true_scores(rows, queries, metric)
         np.put_along_axis(truth, found, -np.inf, axis=1)
         best = truth.max(axis=1)
