@@ -163,19 +163,24 @@ class HeadraceScheduler(SnapshotCalls, Retiring, SchedulerPlugin):
         log.warning(
             "collection %r: goes on with %d of %d workers", name, len(set(members) & self._ready.keys()), len(members)
         )
+        self._going.update(worker for worker in coordinator.state.leaving if worker in self._ready)
         coordinator.resume(set(self._ready), incomplete | emptied)
 
     async def create(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         wanted = CollectionSpec.from_wire({**spec, "uid": uuid.uuid4().hex})
         await self._until_free(wanted.name)
         after = self._dropped.pop(wanted.name, None)
-        coordinator = Coordinator(wanted, self._call, self._settings, after=after, roles=self._roles)
-        for worker in self._going:
-            coordinator.drain(worker)
-        self._coordinators[wanted.name] = coordinator
+        self._coordinators[wanted.name] = coordinator = self._coordinator_of(wanted, after)
         coordinator.start(set(self._ready))
         await asyncio.wait_for(coordinator.ready.wait(), 30.0)
         return {"epoch": coordinator.state.epoch}
+
+    def _coordinator_of(self, spec: CollectionSpec, after: CollectionState | None) -> Coordinator:
+        """Of a new collection: workers that are to go are given nothing of it."""
+        coordinator = Coordinator(spec, self._call, self._settings, after=after, roles=self._roles)
+        for worker in self._going:
+            coordinator.drain(worker)
+        return coordinator
 
     async def _until_free(self, name: str) -> None:
         """Return when there are workers for a new collection; raises where there is one of this name."""

@@ -16,7 +16,7 @@ from headrace.cluster.snapshot_owner import Mark, read_mark
 from headrace.cluster.snapshot_settings import entries_at
 from headrace.cluster.snapshot_state import Restoring, Snapshots
 from headrace.cluster.snapshots import choose, owner
-from headrace.cluster.state import CollectionState
+from headrace.cluster.state import CollectionSpec, CollectionState
 from headrace.gpu.errors import CollectionError, ConfigError
 from headrace.gpu.snapshot_place import Place
 
@@ -32,12 +32,14 @@ class SnapshotCalls:
     _dropped: dict[str, CollectionState]
     _ready: dict[str, str]
     _call: Call
-    _roles: dict[str, str]
 
     async def _settled(self, collection: str) -> Coordinator:
         raise NotImplementedError
 
     async def _until_free(self, name: str) -> None:
+        raise NotImplementedError
+
+    def _coordinator_of(self, spec: CollectionSpec, after: CollectionState | None) -> Coordinator:
         raise NotImplementedError
 
     async def _forget(self, name: str, coordinator: Coordinator) -> None:
@@ -114,7 +116,7 @@ class SnapshotCalls:
         writer = newest.state.spec.uid if newest is not None else ""
         ended = (mark is not None and mark.ended) or (dropped is not None and dropped.spec.uid == writer)
         heir_of = writer if take_over or (ended and name == manifest.state.spec.name) else ""
-        coordinator = Coordinator(spec, self._call, self._settings, after=dropped, roles=self._roles)
+        coordinator = self._coordinator_of(spec, dropped)
         begins = _beginning(coordinator.state, manifest, url, only=snapshot is not None, follow=follow)
         coordinator.state = begins.with_(snapshots=replace(begins.snapshots, heir_of=heir_of))
         self._coordinators[name] = coordinator

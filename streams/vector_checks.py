@@ -94,7 +94,11 @@ def list_fault(given: Any, dim: int) -> str:
 
 def _fault(vector: Floats, square: float, metric: str, raw: bool) -> str:
     if raw and _looks_swapped(vector):
-        return "the vector's bytes look big-endian: send little-endian float32"
+        odd = vector[(vector != 0) & ~_makes_sense(vector)][0]
+        return (
+            f"the vector's bytes look big-endian, for {odd:.3g} makes sense only if they are reversed: "
+            "send little-endian float32"
+        )
     for test, what in ((np.isnan, "NaN"), (np.isinf, "an infinite number")):
         if (hits := np.flatnonzero(test(vector))).size:
             return f"the vector has {what} at position {hits[0]}: send finite numbers only"

@@ -156,6 +156,20 @@ class TestRestoring:
         docs.snapshot(str(tmp_path))
         two.drop_collection("again")
 
+    def test_a_worker_that_is_being_emptied_gets_nothing_of_it(
+        self, docs: Collection, copies: Database, tmp_path: Path
+    ) -> None:
+        docs.snapshot(str(tmp_path))
+        leaving, *others = copies.workers
+        copies.drain(leaving)
+        try:
+            copies.restore(str(tmp_path))
+            back = copies.collection(docs.name)
+            assert {holder for holders in back.status()["placement"].values() for holder in holders} == set(others)
+            assert held(back) == held(docs)
+        finally:
+            copies.drain(leaving, undo=True)
+
     def test_one_that_came_back_goes_on_at_the_same_place(
         self, docs: Collection, copies: Database, tmp_path: Path
     ) -> None:
