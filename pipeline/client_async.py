@@ -36,6 +36,7 @@ class AsyncDatabase:
         # Dask's client gives a worker as long as it gave the scheduler: a read would wait for one that is dead.
         dask_client.rpc.timeout = dask.config.get("distributed.comm.timeouts.connect")
         self._open: dict[str, AsyncCollection] = {}
+        self._answered = 0  # so many times the scheduler had been lost when it answered last
 
     @property
     def address(self) -> str:
@@ -50,13 +51,17 @@ class AsyncDatabase:
         return f"http://{host}:{scheduler['services']['dashboard']}/status"
 
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
-        if self.dask.status == "connecting" and address == self.address:
-            # It would take the whole connect timeout to learn what Dask's client has seen already.
+        if self.dask.status == "connecting" and address == self.address and self._answered != self.dask.losses:
+            # It would take the whole connect timeout to learn what Dask's client has seen already. But the next one may
+            # have answered before that client has found it.
             raise ClusterError(f"the scheduler {address} is lost ('{op}'): waiting for one to take its place")
         return await call(self.dask.rpc, address, op, deadline=deadline, **message)
 
     async def _scheduler(self, op: str, deadline: float = 30.0, **message: Any) -> dict[str, Any]:
-        return await call(self.dask.rpc, self.address, op, deadline=deadline, **message)
+        losses = self.dask.losses
+        answer = await call(self.dask.rpc, self.address, op, deadline=deadline, **message)
+        self._answered = losses
+        return answer
 
     async def create_collection(
         self,

@@ -25,7 +25,14 @@ class PatientClient(Client):
 
     Dask's gives up after its connect timeout and closes, and with it the connections to the workers, which answer all
     the while. Where a version of Dask has no ``_reconnect`` or names things otherwise, this does what Dask does.
+
+    Attributes
+    ----------
+    losses : int
+        How often the scheduler was lost.
     """
+
+    losses = 0
 
     async def _start(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -59,6 +66,7 @@ class PatientClient(Client):
             return await super()._reconnect()
         address = getattr(self.scheduler, "address", "")
         log.warning("the scheduler %s is lost: reads go on with the workers", address)
+        self.losses += 1
         self.status = "connecting"
         self.scheduler_comm = None
         for state in self.futures.values():

@@ -8,6 +8,8 @@ import errno
 import ssl
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from distributed import Client, Scheduler
@@ -16,7 +18,8 @@ from tornado.iostream import StreamClosedError
 
 import headrace
 from headrace.gpu.errors import ClusterError, ConfigError
-from headrace.pipeline import config, connecting, encryption
+from headrace.pipeline import client_async, config, connecting, encryption
+from headrace.pipeline.client_async import AsyncDatabase
 from headrace.pipeline.dask_client import PatientClient
 from headrace.pipeline.launch import cannot_listen, dashboard_address
 
@@ -145,6 +148,22 @@ async def test_a_certificate_that_is_refused_does_not_become_better(monkeypatch:
         await Refused()._ensure_connected(timeout=3600)
     assert "expired" in encryption.refusal(caught.value)
     assert len(asked) == 1
+
+
+async def test_a_scheduler_that_has_answered_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_: object, **__: object) -> dict[str, Any]:
+        return {"names": []}
+
+    monkeypatch.setattr(client_async, "call", answer)
+    scheduler = SimpleNamespace(address="tcp://h:1")
+    client = SimpleNamespace(status="connecting", losses=1, scheduler=scheduler, rpc=SimpleNamespace())
+    db = AsyncDatabase(client)
+    for losses in (1, 2):  # Dask's client has not found the next one yet
+        client.losses = losses
+        with pytest.raises(ClusterError, match="is lost"):
+            await db.call("tcp://h:1", "describe", deadline=1)
+        assert await db.collections() == []
+        await db.call("tcp://h:1", "describe", deadline=1)
 
 
 def test_why_nothing_can_listen() -> None:
