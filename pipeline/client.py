@@ -12,6 +12,7 @@ from typing import Any
 from headrace.gpu.index_spec import IndexSpec
 from headrace.pipeline.client_async import AsyncDatabase
 from headrace.pipeline.collection import Collection, run
+from headrace.pipeline.dask_client import connections_may_close
 from headrace.pipeline.results import Restoration, Snapshot
 
 __all__ = ["Collection", "Database"]
@@ -259,9 +260,10 @@ class Database:
         self._closed = True
         atexit.unregister(self.close)
         self._sync(self._async.disconnect, end_cluster=bool(self._owns))
-        self._async.dask.close()
-        for thing in self._owns:
-            thing.close()
+        with connections_may_close():
+            self._async.dask.close()
+            for thing in self._owns:
+                thing.close()
 
     def end_cluster(self) -> None:
         """Have the workers stop reading, because they are about to be ended; what they hold is gone then."""

@@ -18,6 +18,7 @@ from headrace.gpu.index_spec import IndexSpec
 from headrace.pipeline import scaling, snapshot_client
 from headrace.pipeline.arguments import index_spec, seconds, snapshot_url
 from headrace.pipeline.collection_async import AsyncCollection
+from headrace.pipeline.dask_client import connections_may_close
 from headrace.pipeline.reads import Router
 from headrace.pipeline.results import Restoration, Snapshot
 from headrace.pipeline.specs import check_new, make_spec
@@ -224,8 +225,9 @@ class AsyncDatabase:
     async def close(self) -> None:
         """Disconnect; a cluster that `connect_async` started ends."""
         await self.disconnect(end_cluster=bool(self._owns))
-        for thing in (self.dask, *self._owns):
-            await thing.close()
+        with connections_may_close():
+            for thing in (self.dask, *self._owns):
+                await thing.close()
 
     async def __aenter__(self) -> AsyncDatabase:
         return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from distributed import Client
@@ -12,12 +14,27 @@ from distributed.comm.core import CommClosedError, FatalCommClosedError
 
 from headrace.pipeline.encryption import refusal
 
-__all__ = ["PatientClient"]
+__all__ = ["PatientClient", "connections_may_close"]
 
 log = logging.getLogger("headrace.pipeline")
 
 _PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 _TRY_SECONDS = 2.0
+
+
+@contextmanager
+def connections_may_close() -> Iterator[None]:
+    """Keep Dask from telling, with a traceback and at the level INFO, of connections that close in this block: that is
+    what ends a cluster. Whoever has set a level for this logger is told all the same.
+    """
+    dask_log = logging.getLogger("distributed.batched")
+    before = dask_log.level
+    if before == logging.NOTSET:
+        dask_log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        dask_log.setLevel(before)
 
 
 class PatientClient(Client):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ import headrace
 from headrace.gpu.errors import ClusterError, ConfigError
 from headrace.pipeline import client_async, config, connecting, encryption
 from headrace.pipeline.client_async import AsyncDatabase
-from headrace.pipeline.dask_client import PatientClient
+from headrace.pipeline.dask_client import PatientClient, connections_may_close
 from headrace.pipeline.launch import cannot_listen, dashboard_address
 
 pytestmark = pytest.mark.timeout(120)
@@ -164,6 +165,24 @@ async def test_a_scheduler_that_has_answered_is_not_lost(monkeypatch: pytest.Mon
             await db.call("tcp://h:1", "describe", deadline=1)
         assert await db.collections() == []
         await db.call("tcp://h:1", "describe", deadline=1)
+
+
+def test_connections_that_end_with_a_cluster_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    dask_log, program = logging.getLogger("distributed.batched"), logging.getLogger("distributed")
+    before = program.level
+    program.setLevel(logging.INFO)
+    try:
+        with connections_may_close():
+            dask_log.info("closed by us")
+            dask_log.warning("something else")
+        dask_log.info("closed by others")
+        dask_log.setLevel(logging.DEBUG)  # whoever asks for it is told
+        with connections_may_close():
+            dask_log.info("asked for")
+    finally:
+        program.setLevel(before)
+        dask_log.setLevel(logging.NOTSET)
+    assert caplog.messages == ["something else", "closed by others", "asked for"]
 
 
 def test_why_nothing_can_listen() -> None:
