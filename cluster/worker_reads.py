@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from headrace.gpu.gather import Gatherer, GatherSettings
 from headrace.gpu.store import Store, StoredRow, View
 
 __all__ = ["Reading"]
+
+_MOST_HASHES = 1 << 20
+"""Of rows' ids, in one answer: 8 MB."""
 
 
 class Reading(Holding):
@@ -129,13 +133,27 @@ class Reading(Holding):
         where: Mapping[str, Any] | None = None,
         incarnation: int = 0,
     ) -> dict[str, Any]:
-        """Rows by cell, and what had been applied."""
+        """Rows by cell, and the moment.
+
+        While rows get the cells of another codebook, a row may be in a new cell here and in an old one there: then, if
+        they are not too many, the ids' hashes tell which are the same.
+        """
         replica = await self._caught_up(collection, epoch, incarnation, required, deadline_s)
-        if where is None:
-            sizes = replica.store.cell_sizes()
+        store, state = replica.store, replica.state
+        ids = state.previous is not None and store.view.rows <= _MOST_HASHES
+        if where is None and not ids:
+            sizes, hashes, view = store.counted()
         else:
-            sizes = await self.read(replica.store.cell_sizes, Filter.from_wire(where))
-        return {"cell_sizes": [list(pair) for pair in sizes.items()], "applied": offsets_to_wire(replica.watermarks)}
+            wanted = None if where is None else Filter.from_wire(where)
+            sizes, hashes, view = await self.read(partial(store.counted, ids=ids), wanted)
+            self._check_epoch(replica, epoch)  # rows may have gone meanwhile that others hold now
+        return {
+            # Rows in other cells are about to be dropped.
+            "cell_sizes": [[cell, rows] for cell, rows in sizes.items() if cell in state.copies],
+            "ids": None if hashes is None else hashes.astype("<u8").tobytes(),
+            "applied": offsets_to_wire(view.stamp),
+            "moved": offsets_to_wire(view.moved),
+        }
 
     async def on_wait(self, collection: str, required: Sequence[Sequence[int]], deadline_s: float) -> dict[str, Any]:
         """Answer once all this has been applied here."""

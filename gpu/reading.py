@@ -15,7 +15,7 @@ from headrace.gpu.ids import row_digests
 from headrace.gpu.rows import Found, StoredRow
 from headrace.gpu.segments import SegmentView, View
 
-__all__ = ["cell_sizes", "digests", "rows_of_part", "sample", "scan", "search", "to_host"]
+__all__ = ["cell_sizes", "digests", "id_hashes", "rows_of_part", "sample", "scan", "search", "to_host"]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float32]
@@ -164,6 +164,17 @@ def cell_sizes(view: View, backend: Backend, where: Filter | None = None) -> dic
         for cell, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             sizes[cell] = sizes.get(cell, 0) + count
     return sizes
+
+
+def id_hashes(view: View, backend: Backend, where: Filter | None = None) -> npt.NDArray[np.uint64]:
+    """`hash_ids` of the ids of all live rows, in no order; only those that pass `where`."""
+    found = [np.empty(0, dtype=np.uint64)]
+    for part in view.segments:
+        some, allowed = _allowed(part, backend, where, None)
+        if some:
+            rows = np.arange(len(part.alive)) if allowed is None else np.flatnonzero(to_host(allowed))
+            found.append(part.segment.ids.hashes(rows))
+    return np.concatenate(found)
 
 
 def digests(view: View) -> dict[int, tuple[int, int]]:

@@ -371,6 +371,14 @@ class Store:
         """Live rows by cell; only those that pass `where`."""
         return reading.cell_sizes(self.view, self.backend, where)
 
+    def counted(
+        self, where: Filter | None = None, *, ids: bool = False
+    ) -> tuple[dict[int, int], npt.NDArray[np.uint64] | None, View]:
+        """`cell_sizes`, with `ids` the hashes of the rows' ids too, and the view that both are of."""
+        view = self.view
+        sizes = reading.cell_sizes(view, self.backend, where)
+        return sizes, reading.id_hashes(view, self.backend, where) if ids else None, view
+
     def digests(self) -> tuple[dict[int, tuple[int, int]], Mapping[int, int]]:
         """Per cell, rows and the order-free sum of `row_digests`, computed from the rows; and the view's stamp."""
         view = self.view

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from headrace.cluster.wire import offsets_from_wire, rows_from_wire
 from headrace.gpu.store import StoredRow
 from headrace.pipeline.queries import best
@@ -36,7 +38,10 @@ def rows_of(answers: Answers) -> Rows:
 
 
 def size_of(answers: Answers) -> int:
-    """How many rows all cells have; of copies that differ, the larger counts."""
+    """How many rows all cells have; of copies that differ, the larger counts. Where all tell ids, these are counted."""
+    ids = [answer["ids"] for answer in answers]
+    if ids and all(each is not None for each in ids):
+        return len(np.unique(np.concatenate([np.frombuffer(each, dtype="<u8") for each in ids])))
     sizes: dict[int, int] = {}
     for answer in answers:
         for cell, rows in answer["cell_sizes"]:

@@ -144,7 +144,8 @@ class AsyncCollection:
         required = await self._router.required(consistency, self._session.of(self._router.topic_id), deadline)
         where = await self._router.filter(filter, required, deadline)
         left = max(0.001, until - time.monotonic())
-        answers = await self._router.ask_cover("count", left, required, where=where and where.to_wire())
+        waits = consistency != "eventual"
+        answers = await self._router.ask_cover("count", left, required, where=where and where.to_wire(), waits=waits)
         return size_of(answers)
 
     async def scan(self, *, worker: str | None = None, vectors: bool = False) -> AsyncIterator[Row]:

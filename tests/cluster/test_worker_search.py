@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from headrace.cluster import holding
+from headrace.cluster.planning import adopt_codebook, settle
 from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
 from headrace.cluster.wire import floats_to_wire, rows_from_wire
 from headrace.cluster.worker import WorkerNode
 from headrace.gpu.errors import ClusterError, FilterError, StaleEpoch
 from headrace.gpu.filters import parse
+from headrace.gpu.ids import hash_ids
 from headrace.gpu.rows import Action
 from tests.gpu.batches import DIM, batch_of, vector_of
 
@@ -61,6 +63,19 @@ async def test_a_search_is_filtered_though_the_workers_own_schema_is_older(node:
     assert sorted(ids(await asked(node, 3, where="n > 17 or n is None"))[0]) == ["r18", "r19"]
     count = await node.on_count("docs", 1, [], 1.0, where=parse("even", {"even": "bool"}).to_wire())
     assert count["cell_sizes"] == [[0, 10]]
+    assert count["ids"] is None
+    assert (count["applied"], count["moved"]) == ([[0, 20]], [])
+
+
+async def test_while_rows_get_other_cells_a_count_says_whose_they_are(node: Node) -> None:
+    replica = node.replicas["docs"]
+    replica.state = adopt_codebook(replica.state, np.eye(2, DIM, dtype=np.float32))
+    even = parse("even", {"even": "bool"}).to_wire()
+    count = await node.on_count("docs", replica.state.epoch, [], 1.0, where=even)
+    assert set(np.frombuffer(count["ids"], "<u8")) == set(hash_ids([f"r{n}" for n in range(0, 20, 2)], "string"))
+    # Rows that are about to be dropped are not counted.
+    replica.state = settle(replica.state)
+    assert (await node.on_count("docs", replica.state.epoch, [], 1.0))["cell_sizes"] == []
 
 
 async def test_what_a_stranger_sends_is_refused(node: Node) -> None:

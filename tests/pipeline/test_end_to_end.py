@@ -500,6 +500,23 @@ def test_a_codebook_is_adopted_and_a_worker_joins_under_writes(broker: EmbeddedB
         assert report.ok, str(report)
 
 
+def test_a_count_is_right_while_rows_get_their_first_cells(broker: EmbeddedBroker, topic: str) -> None:
+    with dask.config.set({"headrace.codebook.min-rows": 3000}), headrace.connect(workers=3, backend="host") as db:
+        collection = db.create_collection(topic, dim=DIM, cells=16, replicas=1)
+        collection.ingest(broker.bootstrap)
+        given = np.random.default_rng(3).normal(size=(4000, DIM)).astype(np.float32)
+        collection.upsert(
+            [{"id": f"r{n}", "vector": row} for n, row in enumerate(given)], wait="searchable", deadline=60
+        )
+        counts: set[int] = set()
+        until = time.monotonic() + 60
+        while (status := collection.status())["codebook"] == 0 or status["moving"]:
+            counts.add(collection.count())
+            assert time.monotonic() < until, "the codebook is not adopted"
+        counts.add(collection.count())
+        assert counts == {4000}
+
+
 def test_a_late_worker_is_filled_and_serves(broker: EmbeddedBroker, topic: str) -> None:
     with headrace.connect(workers=1, backend="host") as db:
         collection = db.create_collection(topic, dim=DIM, replicas=2)
