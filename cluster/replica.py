@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -55,14 +56,17 @@ class Replica:
     def _begin(self, state: CollectionState) -> None:
         self.state = state
         self._incarnation = uuid.uuid4().hex[:12]
-        spec = state.spec
-        self.store = Store(
-            self._backend, spec.dim, spec.metric, self._settings, index=spec.index, ids=spec.ids, budget=self._budget
-        )
+        self.store = self._empty_store()
         self._watermarks: dict[int, Watermark] = {}
         self._read_from_origins(state)
         self._fence = max(self._fence, state.epoch)
         self._filling = self._is_filled(state)
+
+    def _empty_store(self) -> Store:
+        spec = self.state.spec
+        return Store(
+            self._backend, spec.dim, spec.metric, self._settings, index=spec.index, ids=spec.ids, budget=self._budget
+        )
 
     def _is_filled(self, state: CollectionState) -> bool:
         """Are rows on their way here that are older than what comes live?"""
@@ -94,6 +98,7 @@ class Replica:
             return
         if state.incarnation != self.state.incarnation:
             log.warning("collection %r: this worker begins anew, with nothing", state.spec.name)
+            self.store.close()
             self._begin(state)
             return
         self.state = state
@@ -205,6 +210,10 @@ class Replica:
         for _, waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(gone)
+        # Reads that are under way end with the rows they see; who still knows this replica keeps no rows by it.
+        self._fence = sys.maxsize
+        self.store.close()
+        self.store = self._empty_store()
 
     def _reached(self, required: Mapping[int, int]) -> bool:
         stamp = self.store.view.stamp

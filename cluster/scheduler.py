@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -26,6 +27,7 @@ log = logging.getLogger("headrace.cluster")
 
 _PATIENCE = 5.0
 _PAUSE = 0.05
+_TAKEN_UP = 30.0
 
 
 class HeadraceScheduler(SnapshotCalls, Retiring, SchedulerPlugin):
@@ -172,7 +174,17 @@ class HeadraceScheduler(SnapshotCalls, Retiring, SchedulerPlugin):
         after = self._dropped.pop(wanted.name, None)
         self._coordinators[wanted.name] = coordinator = self._coordinator_of(wanted, after)
         coordinator.start(set(self._ready))
-        await asyncio.wait_for(coordinator.ready.wait(), 30.0)
+        until = time.monotonic() + _TAKEN_UP
+        while not coordinator.ready.is_set():
+            if self._coordinators.get(wanted.name) is not coordinator:
+                raise CollectionNotFound(f"collection {wanted.name!r} was dropped while it was made")
+            if time.monotonic() >= until:
+                raise ClusterError(
+                    f"collection {wanted.name!r} is made, but not all workers have taken it up after {_TAKEN_UP:g} s: "
+                    "look at its status, or drop it"
+                )
+            with contextlib.suppress(TimeoutError):  # a tick
+                await asyncio.wait_for(coordinator.ready.wait(), _PAUSE)
         return {"epoch": coordinator.state.epoch}
 
     def _coordinator_of(self, spec: CollectionSpec, after: CollectionState | None) -> Coordinator:
@@ -212,9 +224,12 @@ class HeadraceScheduler(SnapshotCalls, Retiring, SchedulerPlugin):
         if self._coordinators.get(name) is not coordinator:
             return
         del self._coordinators[name]
-        await coordinator.close()
         self._dropped[name] = coordinator.state
-        calls = (self._call(worker, "drop", deadline=5.0, collection=name) for worker in self._ready)
+        await coordinator.close()
+        if name not in self._coordinators:
+            self._dropped[name] = coordinator.state
+        uid = coordinator.state.spec.uid  # another of this name may have been made meanwhile
+        calls = (self._call(worker, "drop", deadline=5.0, collection=name, uid=uid) for worker in self._ready)
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def shutdown(self) -> dict[str, Any]:

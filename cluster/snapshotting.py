@@ -43,6 +43,7 @@ class Taking:
     def __init__(self, owner: Owner, call: Call, settings: SnapshotSettings) -> None:
         self._owner, self._call, self._settings = owner, call, settings
         self._busy = ""
+        self._by_itself = False  # what is being taken was scheduled
         self._written: tuple[str, ...] = ()
 
     @property
@@ -62,11 +63,15 @@ class Taking:
             if not self._due(time.time()):
                 continue
             try:
-                await self.take(await self._folder(plan), plan.keep)
+                url = await self._folder(plan)
+                self._by_itself = True
+                await self.take(url, plan.keep)
             except HeadraceError as error:
                 log.error("collection %r: the scheduled snapshot failed: %s; the one before stays", self._name, error)
             except Exception:
                 log.exception("collection %r: the scheduled snapshot failed; the one before stays", self._name)
+            finally:
+                self._by_itself = False
 
     async def _folder(self, plan: Snapshots) -> str:
         """Where the next scheduled one goes: of those that are configured, a collection of its own has its own."""
@@ -111,15 +116,18 @@ class Taking:
                 )  # fmt: skip
 
     async def take(self, url: str, keep: int = 0) -> dict[str, Any]:
-        """Take one now; ingest and reads go on. Answers what `Manifest.told` says of it.
+        """Take one now; ingest and reads go on. Answers what `Manifest.told` says of it. A scheduled one that is being
+        taken is waited for.
 
         Raises
         ------
         SnapshotError
-            One is being taken; the place cannot be written, or belongs to another collection or cluster.
+            Somebody else has one taken; the place cannot be written, or belongs to another collection or cluster.
         ClusterError
             Rows were moving all the time, or too few workers answered.
         """
+        while self._busy and self._by_itself:
+            await asyncio.sleep(_PAUSE)
         if self._busy:
             raise SnapshotError(
                 f"a snapshot of collection {self._name!r} is being written to {self._busy}: wait for it"

@@ -45,8 +45,8 @@ class Upkeep(Holding):
         """Ask now and then, for a store that rests is asked by nobody else."""
         while True:
             await asyncio.sleep(_TIDY)
-            for replica in list(self.replicas.values()):
-                self.maintain(replica)
+            for name in list(self.replicas):
+                self.maintain(self.replicas[name])  # no name of its own would keep the last one until the next comes
 
     def maintain(self, replica: Replica) -> None:
         """Seal and merge in the background if there is something to do."""

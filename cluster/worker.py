@@ -178,9 +178,11 @@ class WorkerNode(Writing, Reading, Comparing, Snapshotting, WorkerPlugin):
     async def state_adopted(self, replica: Replica) -> None:
         """For subclasses. A replica has a newer state; returns when nothing begun under the older one is under way."""
 
-    async def on_drop(self, collection: str) -> dict[str, Any]:
-        """The collection is no more."""
-        await self.release(collection)
+    async def on_drop(self, collection: str, uid: str | None = None) -> dict[str, Any]:
+        """The collection is no more; with `uid`, that one of its name."""
+        replica = self.replicas.get(collection)
+        if uid is None or replica is None or replica.state.spec.uid == uid:
+            await self.release(collection)
         return {}
 
     async def on_reset(self, collection: str) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class Budget:
         with self._lock:
             self._held[store] = size
 
+    def forget(self, store: object) -> None:
+        """A store has been let go of."""
+        with self._lock:
+            self._held.pop(store, None)
+
     @property
     def lacking(self) -> bool:
         """Would the rows that were refused last be refused again?"""
@@ -101,6 +106,13 @@ class Budget:
         if self.limit is None:
             return
         held = self.held
+        # A job that was granted when less was held may take more than is kept for it: then rows wait for its end.
+        working = max(0, self._working - self.kept)
+        if rows and held + rows + deletions <= self.limit - self.kept < held + working + rows + deletions:
+            raise StoreFull(
+                f"no room for {rows + deletions:,} more bytes of rows until segments are merged, which takes "
+                f"{self._working:,} now: {held:,} of store.memory-limit {self.limit:,} are held"
+            )
         if rows and held + rows + deletions > self.limit - self.kept:
             if rows + deletions <= self.limit - self.kept:  # else tidying up does not help: they are to come in parts
                 self._refused = rows + deletions

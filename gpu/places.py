@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +12,12 @@ import numpy.typing as npt
 from headrace.gpu.id_map import IdMap
 from headrace.gpu.rows import Id
 
-__all__ = ["Directory", "Forwarding", "by_segment", "places_of", "rows_of", "serials_of"]
+__all__ = ["Directory", "Forwarding", "by_segment", "places_of", "rows_of", "serials_of", "weakly"]
 
 _ROW_BITS = 40
 _ROW_MASK = (1 << _ROW_BITS) - 1
 
+T = TypeVar("T")
 _Ints = npt.NDArray[np.int64]
 _Hashes = npt.NDArray[np.uint64]
 
@@ -46,6 +49,20 @@ def by_segment(places: _Ints) -> Iterator[tuple[int, _Ints]]:
         yield serial, np.flatnonzero(serials == serial)
 
 
+def weakly(method: Callable[..., T]) -> Callable[..., T]:
+    """A bound method as what its object hands to its own parts: without a circle, memory is free as soon as it is let
+    go, and not when the collector comes by.
+    """
+    known = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> T:
+        found = known()
+        assert found is not None  # its parts are gone with it
+        return found(*args)
+
+    return call
+
+
 class Directory:
     """From ids to places, through an `IdMap`, and through a forwarding table while a merge is being entered.
 
@@ -61,7 +78,7 @@ class Directory:
 
     def __init__(self, same: Callable[[int, _Ints, Sequence[Id]], npt.NDArray[np.bool_]]) -> None:
         self._same_rows = same
-        self._map = IdMap(self._same)
+        self._map = IdMap(weakly(self._same))
         self._moving: Forwarding | None = None
         self._live: Callable[[], npt.NDArray[np.bool_]] = lambda: np.empty(0, dtype=np.bool_)
 

@@ -101,6 +101,10 @@ class Store:
             self._asked,
         )
 
+    def close(self) -> None:
+        """It is let go of, and no longer counts against the budget. Whoever still reads it may do so to the end."""
+        self._budget.forget(self._table)
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def apply(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from headrace.gpu.applying import Decision, Known, decide
 from headrace.gpu.errors import RecordError
 from headrace.gpu.marks import Marks
-from headrace.gpu.places import Directory, Forwarding, by_segment, places_of, rows_of, serials_of
+from headrace.gpu.places import Directory, Forwarding, by_segment, places_of, rows_of, serials_of, weakly
 from headrace.gpu.remembered import REMEMBERED, Remembered
 from headrace.gpu.rows import DELETED, Action, Batch, Id
 from headrace.gpu.segments import Growing, Sealed, Segment, SegmentView, View
@@ -64,7 +64,7 @@ class Table:
     def __init__(self, begin: Callable[[], Growing], seal_rows: int, ids: str) -> None:
         self.lock = threading.Lock()
         self._begin, self._seal_rows = begin, seal_rows
-        self.directory = Directory(self._same)
+        self.directory = Directory(weakly(self._same))
         self.remembered = Remembered(ids, self.directory)
         self.growing = begin()
         self.parts: dict[int, Part] = {self.growing.serial: Part(self.growing, Marks())}

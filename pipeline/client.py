@@ -6,6 +6,8 @@ Every call here runs the asynchronous one of the same name on the Dask client's 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401  # what is registered last is called first
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +20,26 @@ from headrace.pipeline.results import Restoration, Snapshot
 __all__ = ["Collection", "Database"]
 
 
+_open: set[Database] = set()
+
+
+def _close_all() -> None:
+    """A program that ends without `close` would otherwise take the workers apart in the middle of what they do."""
+    for database in list(_open):
+        database.close()
+
+
+# Before the pools of threads end, which closing needs; `atexit` comes after that. CPython has had this for them, and
+# without a public name, since 3.9.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
+
+
 class Database:
     """All collections of one cluster. Thread-safe. Use it as a context manager, or `close` it."""
 
     def __init__(self, asynchronous: AsyncDatabase, owns: Sequence[Any] = ()) -> None:
         self._async, self._owns, self._closed = asynchronous, owns, False
-        # A program that ends without `close` would otherwise take the workers apart in the middle of what they do.
-        atexit.register(self.close)
+        _open.add(self)
 
     def _sync(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         return run(self._async.dask, function, *args, **kwargs)
@@ -258,7 +273,7 @@ class Database:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
+        _open.discard(self)
         self._sync(self._async.disconnect, end_cluster=bool(self._owns))
         with connections_may_close():
             self._async.dask.close()

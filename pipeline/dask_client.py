@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +23,31 @@ _PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 _TRY_SECONDS = 2.0
 
 
+_dask_log = logging.getLogger("distributed.batched")
+_counting = threading.Lock()
+_closing = 0
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return not _closing or record.levelno > logging.INFO or _dask_log.level != logging.NOTSET
+
+
+_dask_log.addFilter(_worth_telling)
+
+
 @contextmanager
 def connections_may_close() -> Iterator[None]:
     """Keep Dask from telling, with a traceback and at the level INFO, of connections that close in this block: that is
-    what ends a cluster. Whoever has set a level for this logger is told all the same.
+    what ends a cluster. Whoever has set a level for this logger is told all the same. Blocks may overlap.
     """
-    dask_log = logging.getLogger("distributed.batched")
-    before = dask_log.level
-    if before == logging.NOTSET:
-        dask_log.setLevel(logging.WARNING)
+    global _closing
+    with _counting:
+        _closing += 1
     try:
         yield
     finally:
-        dask_log.setLevel(before)
+        with _counting:
+            _closing -= 1
 
 
 class PatientClient(Client):

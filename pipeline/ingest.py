@@ -143,6 +143,7 @@ class Ingest:
     async def close(self) -> None:
         await self.source.halt()
         await self._letters.close()
+        self.graph.destroy()  # Streamz remembers every sink, and with it all that feeds it, until it is told so
 
     def status(self) -> dict[str, Any]:
         """Counters, how far the dead letters' topic goes, lag, workers that have no room, Kafka's outage if there is

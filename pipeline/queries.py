@@ -58,7 +58,7 @@ def vectors_in(query: Any, spec: CollectionSpec) -> tuple[Vectors, bool]:
         given = np.asarray(query)
         why = kind_fault(query, given)  # NumPy would make numbers of it, and leave out imaginary parts
         given = given if why else given.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"the query is neither a text nor a vector nor a list of either: {error}") from error
     if why:
         raise RecordError(f"the query has {why} in it: search with real numbers")

@@ -74,7 +74,7 @@ def summarise(
         worst = min(segment["reached"] for segment in slower)
         notes.append(
             f"{len(slower)} segments are searched exactly, which takes longer: their indexes reach a recall of "
-            f"{worst:.2f}, not {state.spec.index.recall_target:g}; make the collection with a lower recall_target, a "
+            f"{worst:.4g}, not {state.spec.index.recall_target:g}; make the collection with a lower recall_target, a "
             "better index, or index='flat'"
         )
     skew = max([0.0, *early.values(), *(1e3 * abs(seconds) for seconds in apart(clocks or {}).values())])

@@ -145,7 +145,7 @@ def _vector(id: str | int, vector: npt.ArrayLike) -> npt.NDArray[np.float32]:
             raise TypeError(f"it has {why} in it")
         with np.errstate(over="ignore"):  # becomes infinite, which is refused below
             numbers = np.ascontiguousarray(vector, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"vector of record {short(id)} is not made of numbers: {error}") from error
     if numbers.ndim != 1 or not numbers.size:
         raise RecordError(f"vector of record {short(id)} has shape {numbers.shape}: give one of shape (dim,)")

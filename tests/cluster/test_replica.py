@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from headrace.cluster.replica import Replica
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.gpu.backend import resolve
+from headrace.gpu.budget import Budget
 from headrace.gpu.errors import ConsistencyTimeout, StoreFull
 from headrace.gpu.rows import DELETED, Action, Batch
 from headrace.gpu.store import Applied, StoreSettings
@@ -46,6 +49,36 @@ def one(row_id: Any, offset: int, partition: int = 0, cell: int = 0) -> Batch:
 def send(replica: Replica, offset: int, *, partition: int = 0, epoch: int = 5, cell: int = 0) -> Applied | None:
     batch = one(f"r{partition}-{offset}", offset, partition, cell)
     return replica.apply(batch, {partition: (offset, offset + 1)}, {}, epoch)
+
+
+class TestLettingGo:
+    @pytest.mark.parametrize("how", ["closed", "begun anew"])
+    def test_what_it_held_is_free_at_once(self, how: str) -> None:
+        budget = Budget(1 << 30, 1 << 30)
+        replica = Replica(state_of(), ME, resolve("host"), StoreSettings(), budget)
+        assert replica.apply(one("a", 100), {0: (100, 101)}, {}, 5)
+        replica.store.statistics()
+        assert budget.held > 0
+        table = weakref.ref(replica.store._table)
+        gc.disable()  # it may not come by for long
+        try:
+            if how == "closed":
+                replica.close()
+            else:
+                replica.adopt(state_of(incarnation=1, epoch=6))
+            assert table() is None
+        finally:
+            gc.enable()
+        assert budget.held == 0
+
+    def test_nothing_comes_into_one_that_is_closed_and_reads_go_elsewhere(self) -> None:
+        replica = replica_of()
+        send(replica, 100)
+        reading = replica.store
+        replica.close()
+        assert send(replica, 101) is None
+        assert replica.fence > 10**9
+        assert reading.view.rows == 1, "who was reading it does so to the end"
 
 
 class TestWatermarks:

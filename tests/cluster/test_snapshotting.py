@@ -149,6 +149,23 @@ class TestTaking:
             await first
             await coordinator.snapshots.take(str(tmp_path))
 
+    async def test_a_scheduled_one_is_waited_for(self, tmp_path: Path) -> None:
+        workers, may_end = Writers(), asyncio.Event()
+
+        async def slowly(message: dict[str, Any]) -> dict[str, Any]:
+            await may_end.wait()
+            return {"part": written(message).to_wire()}
+
+        async with running(workers, A, replicas=1) as coordinator:
+            workers.instead[A, "snapshot"] = slowly
+            await coordinator.snapshots.schedule(str(tmp_path), 600.0, 0)
+            await until(lambda: "snapshot" in [op for _, op, _ in workers.asked], "the scheduled one has begun")
+            asked = asyncio.ensure_future(coordinator.snapshots.take(str(tmp_path)))
+            await asyncio.sleep(0)
+            may_end.set()
+            told = await asyncio.wait_for(asked, 20)
+        assert [entry.snapshot for entry in entries_at(str(tmp_path), {})][1:] == [told["snapshot"]]
+
     async def test_one_that_fails_leaves_the_one_before(self, tmp_path: Path) -> None:
         workers = Writers()
         async with running(workers, A, replicas=1) as coordinator:

@@ -332,6 +332,17 @@ class TestJobs:
             raise ZeroDivisionError
         assert budget.working == 0
 
+    def test_rows_wait_for_a_job_that_takes_more_than_is_kept(self) -> None:
+        budget, owner = Budget(8000, 8000), Budget(None, 0)
+        budget.holds(owner, 2000)
+        with budget.job(5000) as granted:
+            assert granted
+            budget.admit(1000)
+            with pytest.raises(StoreFull, match=r"until segments are merged, which takes 5,000 now: 2,000 of"):
+                budget.admit(1001)
+            assert not budget.lacking, "tidying up is no cure"
+        budget.admit(5000)
+
     def test_room_is_what_the_stores_leave(self) -> None:
         class Owner:
             pass

@@ -322,6 +322,7 @@ class TestErrors:
             (np.zeros(DIM), "zero vector"),
             ("words", "has no encoder"),
             ({"a": 1}, "neither a text nor a vector"),
+            ([10**400, 1], "neither a text nor a vector"),
         ):
             with pytest.raises(RecordError) as caught:
                 collection.search(query)

@@ -495,6 +495,7 @@ def test_keep_last_against_a_dict(records):
         (lambda: encode_json("a", vector=[1e300]), "not finite"),
         (lambda: encode_json("a", vector=[[1.0]]), "(1, 1)"),
         (lambda: encode_json("a", vector=["x"]), "not made of numbers"),
+        (lambda: encode_json("a", vector=[10**400, 1]), "not made of numbers"),
         (lambda: encode_json("a", text="t", attributes={"vector": 1}), "'vector'"),
         (lambda: encode_json("a", text="t", attributes={"x": [1]}), "list [1]"),
         (lambda: encode_json("a", text="t", attributes={"x": float("nan")}), "None"),
