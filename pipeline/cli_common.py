@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Command",
+    "Seconds",
     "Session",
     "broker_option",
     "cluster_option",
@@ -65,6 +66,21 @@ broker_option = click.option(
     help="Kafka's bootstrap servers, with commas between.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds that will pass: above 0, or 0 too, and no more than a computer can wait for."""
+
+    name = "seconds"
+
+    def __init__(self, *, or_none: bool = False) -> None:
+        super().__init__(0, 1e9, min_open=not or_none)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if seconds != seconds:
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
 
 
 class Command(click.Command):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from headrace.pipeline.cli_common import Command, cluster_option, connected
+from headrace.pipeline.cli_common import Command, Seconds, cluster_option, connected
 
 __all__ = ["drain"]
 
@@ -16,7 +16,7 @@ __all__ = ["drain"]
     "--deadline",
     default=600.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(),
     help="Seconds to wait until it is empty.",
 )
 @cluster_option

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table
+from headrace.pipeline.cli_common import Command, Seconds, cluster_option, connected, json_option, plain_json, table
 
 if TYPE_CHECKING:
     from headrace.pipeline.client import Database
@@ -21,7 +21,7 @@ __all__ = ["bring_back", "keep_at", "recovery_table", "restore", "snapshot"]
 @click.command(cls=Command, short_help="Write a collection to disk or an object store.")
 @click.argument("name")
 @click.argument("url", required=False)
-@click.option("--every", type=click.FloatRange(0), help="From now on take one every so many seconds; 0 ends that.")
+@click.option("--every", type=Seconds(or_none=True), help="From now on take one every so many seconds; 0 ends that.")
 @click.option("--keep", type=click.IntRange(0), help="Keep so many there, the newest ones.  [default: all]")
 @click.option("--list", "listing", is_flag=True, help="Show what is at a place; NAME is then the folder or URL.")
 @click.option("--check", is_flag=True, help="With --list: read every file there and say which snapshots are whole.")
@@ -49,6 +49,10 @@ def snapshot(
         raise click.UsageError("give a collection and a folder or URL; or --list and a folder or URL")
     if check and not listing:
         raise click.UsageError("--check goes with --list and a folder or URL")
+    if listing and not (every is None and keep is None):
+        raise click.UsageError("--every and --keep are for a snapshot that is taken, and --list takes none")
+    if not (url or name).strip():
+        raise click.UsageError("the folder or URL is empty")
     with connected(cluster) as database:
         if url is None:
             found = database.snapshots(name, check=check)
@@ -58,6 +62,9 @@ def snapshot(
         plain = [asdict(one) for one in found]
         click.echo(plain_json(plain if listing else plain[0]))
     else:
+        if not found:
+            click.echo(f"there are no snapshots at {name}")
+            return
         _show(found, "whole" if check else "good")
 
 
@@ -70,7 +77,7 @@ def snapshot(
 @click.option(
     "--take-over", is_flag=True, help="Snapshots of it go there from now on; whoever wrote them is refused there then."
 )
-@click.option("--deadline", default=3600.0, show_default=True, help="Seconds.")
+@click.option("--deadline", default=3600.0, show_default=True, type=Seconds(), help="How long to wait for it.")
 @cluster_option
 @json_option
 def restore(
@@ -91,6 +98,8 @@ def restore(
       headrace restore s3://bucket/docs --take-over
       headrace restore /var/snapshots/docs --collection docs2 --json
     """
+    if not url.strip():
+        raise click.UsageError("the folder or URL is empty")
     with connected(cluster) as database:
         told = database.restore(
             url, name, snapshot=which, replicas=replicas, ingest=not no_ingest, take_over=take_over, deadline=deadline

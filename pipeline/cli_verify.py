@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from headrace.pipeline.cli_common import Command, cluster_option, connected, json_option, plain_json, table
+from headrace.pipeline.cli_common import Command, Seconds, cluster_option, connected, json_option, plain_json, table
 
 __all__ = ["verify"]
 
@@ -15,7 +15,9 @@ __all__ = ["verify"]
 @click.argument("name")
 @click.option("--repair", is_flag=True, help="Mend what differs, by what the topic's log has.")
 @click.option("--deep", is_flag=True, help="Compare vectors and attributes too, not only ids and versions.")
-@click.option("--deadline", default=60.0, show_default=True, help="Seconds; a repair may read all of the topic.")
+@click.option(
+    "--deadline", default=60.0, show_default=True, type=Seconds(), help="A repair may have to read all of the topic."
+)
 @json_option
 @cluster_option
 def verify(name: str, repair: bool, deep: bool, deadline: float, as_json: bool, cluster: str) -> int:

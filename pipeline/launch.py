@@ -64,6 +64,11 @@ def _loopback(host: str) -> bool:
 
 def cannot_listen(what: str, host: str, port: int, error: BaseException) -> ClusterError:
     """The sentence for what could not begin to listen; Dask hides the cause behind an error of its own."""
+    if "Nanny failed" in str(error):
+        return ClusterError(
+            "the worker processes did not start: each of them reads the program anew, so what the program does must "
+            "stand below `if __name__ == '__main__':`; if it does, what they say above is the cause"
+        )
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     cure = _CURES.get(getattr(error, "errno", None) or 0, "")

@@ -125,6 +125,10 @@ def test_debug_shows_the_traceback(capsys: Capture, monkeypatch: pytest.MonkeyPa
         ("create docs --dim 99999", "99999"),
         ("status --cluster nonsense", "nonsense"),
         ("drain tcp://127.0.0.1:1 --deadline 0", "--deadline"),
+        ("verify docs --deadline nan", "nan"),
+        ("restore x --deadline inf", "--deadline"),
+        ("snapshot docs x --every nan", "nan"),
+        ("snapshot --list x --keep 2", "--keep"),
     ],
 )
 def test_what_was_typed_wrong_is_told_before_anybody_is_asked(arguments: str, named: str, capsys: Capture) -> None:

@@ -212,6 +212,8 @@ def test_why_nothing_can_listen() -> None:
     hidden.__cause__ = taken
     for error in (taken, hidden):
         assert str(cannot_listen("scheduler", "127.0.0.1", 1, error)).endswith("in use): is the port taken?")
+    nobody = str(cannot_listen("cluster", "127.0.0.1", 0, RuntimeError("Nanny failed to start worker process")))
+    assert "if __name__ == '__main__'" in nobody
     other = str(cannot_listen("scheduler", "127.0.0.1", 1, RuntimeError("encryption required")))
     assert other == "no scheduler can listen at 127.0.0.1:1 (encryption required)"
     assert "no such address" in str(cannot_listen("x", "1.1.1.1", 1, OSError(errno.EADDRNOTAVAIL, "cannot")))
