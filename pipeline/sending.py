@@ -21,6 +21,9 @@ __all__ = ["Sender", "no_offsets_of"]
 
 log = logging.getLogger("headrace.pipeline")
 
+_PEERS = 1.0
+"""Seconds that another worker may take to say which state it has."""
+
 Ranges = Mapping[int, tuple[int, int]]
 Refuse = Callable[[RawBatch, list[Refusal]], Awaitable[None]]
 
@@ -176,12 +179,46 @@ class Sender:
                 await self._node.call_scheduler(
                     "suspect", collection=name, worker=worker, epoch=state.epoch, why=str(answer)
                 )
-        told = await self._node.call_scheduler("await_state", collection=name, epoch=state.epoch, patience=1.0)
-        newer = CollectionState.from_wire(told["state"])
+        try:
+            told = await self._node.call_scheduler("await_state", collection=name, epoch=state.epoch, patience=1.0)
+            newer = CollectionState.from_wire(told["state"])
+        except ClusterError:
+            newer = await self._newest_of_peers(state)
+            if newer is state:
+                raise
+            log.warning("collection %r: epoch %d is taken over from another worker", name, newer.epoch)
         if newer.epoch > self._replica.state.epoch:
             # In a task of its own: adopting waits for batches to finish that may include this one.
             self._node.adopt_soon(newer)
         await asyncio.sleep(0.005)
+
+    async def _newest_of_peers(self, state: CollectionState) -> CollectionState:
+        """The newest state that another worker has been told, or this one: a scheduler may be lost while it tells, and
+        whoever takes its place goes on from that one.
+        """
+        asked = {"collection": state.spec.name, "epoch": state.epoch}
+        calls = (
+            self._node.call(worker, "describe", deadline=_PEERS, **asked)
+            for worker in state.members
+            if worker != self._node.address
+        )
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        told = [answer["state"] for answer in answers if isinstance(answer, dict)]
+        known = [CollectionState.from_wire(each) for each in told if each is not None]
+        return max([state, *(each for each in known if _follows(state, each))], key=lambda each: each.epoch)
+
+
+def _follows(state: CollectionState, newer: CollectionState) -> bool:
+    """Whether a worker may go on from one state to the other although not all may have been told of it.
+
+    Not where a worker that joined is to be read: it is told before those that then drop what it has taken over, and it
+    may be the one that was not. Nor where everything begins anew.
+    """
+    return (
+        (newer.spec.uid, newer.incarnation) == (state.spec.uid, state.incarnation)
+        and newer.epoch > state.epoch
+        and all(state.members.get(worker) == "active" for worker in newer.active)
+    )
 
 
 def no_offsets_of(ranges: Ranges) -> dict[int, tuple[int, int]]:

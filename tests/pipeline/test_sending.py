@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -52,6 +53,7 @@ class Cluster:
         self.newest = state_of(*limits)
         self.replicas = {worker: self.replica(worker, limit) for worker, limit in limits.items()}
         self.silent: set[str] = set()
+        self.scheduler_lost = False
         self.alarms: list[str] = []
         self.letters: list[tuple[int, str]] = []
         self.sizes: list[int] = []
@@ -65,9 +67,12 @@ class Cluster:
         self.letters += [(int(raw.offsets[refusal.row]), refusal.reason) for refusal in refusals]
 
     async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
-        assert op == "apply"
         if address in self.silent:
             raise ClusterError(f"{address} did not answer")
+        if op == "describe":
+            state = self.replicas[address].state
+            return {"state": None if state.epoch == message["epoch"] else state.to_wire()}
+        assert op == "apply"
         batch = batch_from_wire(message["batch"])
         self.sizes.append(len(batch))
         ranges = {tp: (low, high) for tp, low, high in message["ranges"]}
@@ -80,6 +85,8 @@ class Cluster:
     async def call_scheduler(self, op: str, /, *, deadline: float = 5.0, **message: Any) -> dict[str, Any]:
         if op == "learn":
             return {"schema": dict(message["schema"])}
+        if self.scheduler_lost:
+            raise ClusterError("the scheduler cannot be reached")
         return {"state": self.newest.to_wire()}
 
     def clock(self) -> float:
@@ -287,3 +294,29 @@ async def test_a_record_is_given_up_only_when_its_letter_is_safe(send: Send) -> 
     with pytest.raises(HeadraceError, match="Kafka is away"):
         await send(cluster, [("huge", {"story": "x" * LIMIT})], 0)
     assert cluster.watermarks() == [0]
+
+
+async def test_a_scheduler_that_is_lost_while_it_tells_does_not_stop_writes(send: Send) -> None:
+    cluster = Cluster({ME: 100 * LIMIT, OTHER: 100 * LIMIT})
+    cluster.scheduler_lost = True
+    cluster.replicas[OTHER].adopt(state_of(ME, OTHER, epoch=2))
+    await send(cluster, some(5), 0)
+    assert [replica.state.epoch for replica in cluster.replicas.values()] == [2, 2]
+    assert cluster.offsets_of(ME) == cluster.offsets_of(OTHER)
+    assert cluster.watermarks() == [5, 5]
+    # Who drops rows for one that joined must know that it knows.
+    with_new = dataclasses.replace(
+        state_of(ME, OTHER, epoch=3), members={ME: "active", OTHER: "active", NEW: "joining"}
+    )
+    for replica in cluster.replicas.values():
+        replica.adopt(with_new)
+    cluster.replicas[NEW] = cluster.replica(NEW, LIMIT)
+    cluster.replicas[NEW].adopt(with_new)
+    cluster.replicas[OTHER].adopt(state_of(ME, OTHER, NEW, epoch=4))
+    with pytest.raises(ClusterError, match="the scheduler cannot be reached"):
+        await send(cluster, some(5), 5)
+    assert cluster.replicas[ME].state.epoch == 3
+    # Where nobody was told anything newer, whoever does not answer is waited for, as before.
+    cluster.silent.add(OTHER)
+    with pytest.raises(ClusterError, match="the scheduler cannot be reached"):
+        await send(cluster, some(5), 5)
