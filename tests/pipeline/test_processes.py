@@ -104,6 +104,8 @@ def test_up_that_ends_while_it_starts_leaves_nobody(how: str) -> None:
         stdout=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        # Who runs the tests by nohup has their children ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     everybody: list[psutil.Process] = []
     try:
