@@ -59,7 +59,7 @@ class Reading(Holding):
             if begun is None:
                 raise StaleEpoch(f"{self.address} has not begun incarnation {incarnation} of {collection!r} yet")
             replica = begun
-        if required:
+        if required and not _has_no_log(replica):
             await replica.wait(offsets_from_wire(required), deadline)
             self._check_epoch(replica, epoch)
         return replica
@@ -98,7 +98,7 @@ class Reading(Holding):
             "rows": [answer.rows for answer in answers],
             "scores": [answer.scores for answer in answers],
             "applied": offsets_to_wire(moment.stamp),
-            "moved": offsets_to_wire(moment.moved),
+            "moved": _moved(replica, moment.moved),
         }
 
     async def _searched(self, sought: _Sought, queries: npt.NDArray[np.float32]) -> list[_Answer]:
@@ -121,7 +121,7 @@ class Reading(Holding):
         return {
             "rows": rows_to_wire(rows),
             "applied": offsets_to_wire(view.stamp),
-            "moved": offsets_to_wire(view.moved),
+            "moved": _moved(replica, view.moved),
         }
 
     async def on_count(
@@ -152,7 +152,7 @@ class Reading(Holding):
             "cell_sizes": [[cell, rows] for cell, rows in sizes.items() if cell in state.copies],
             "ids": None if hashes is None else hashes.astype("<u8").tobytes(),
             "applied": offsets_to_wire(view.stamp),
-            "moved": offsets_to_wire(view.moved),
+            "moved": _moved(replica, view.moved),
         }
 
     async def on_wait(self, collection: str, required: Sequence[Sequence[int]], deadline_s: float) -> dict[str, Any]:
@@ -202,3 +202,13 @@ class _Sought:
             _Answer(rows_to_wire(rows), scores, found.stamp, found.moved)
             for rows, scores in zip(found.rows, found.scores, strict=True)
         ]
+
+
+def _moved(replica: Replica, moved: Mapping[int, int]) -> list[list[int]]:
+    """`View.moved` for the client; nothing where no log is read."""
+    return offsets_to_wire({} if _has_no_log(replica) else moved)
+
+
+def _has_no_log(replica: Replica) -> bool:
+    """Whether the rows were restored without their topic: what else lies in it will never be applied here."""
+    return replica.state.source is None and replica.state.snapshots.detached

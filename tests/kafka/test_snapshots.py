@@ -57,7 +57,10 @@ def test_a_topic_made_anew_is_not_read_on(
         db.restore(str(tmp_path), f"{name}-again")
     told = db.restore(str(tmp_path), f"{name}-again", ingest=False)
     assert told.snapshot.name == taken.name
-    assert db.collection(f"{name}-again").count() == 60
+    again = db.collection(f"{name}-again")
+    assert again.count() == 60
+    assert all(again.get([row["id"] for row in rows(*range(60))]))
+    assert len(again.search([1.0] * again.spec.dim, limit=100)) == 60
     with pytest.raises(headrace.CollectionError, match="restored without its topic"):
         db.collection(f"{name}-again").ingest(kafka.bootstrap, name)
     db.drop_collection(f"{name}-again")
