@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +76,16 @@ def written(message: dict[str, Any]) -> Part:
     return part
 
 
+def slowly(may_end: asyncio.Event) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:
+    """A worker that has its part written only then."""
+
+    async def write(message: dict[str, Any]) -> dict[str, Any]:
+        await may_end.wait()
+        return {"part": written(message).to_wire()}
+
+    return write
+
+
 def _part(snapshot: str, name: str) -> Part:
     segment = SegmentFile(uuid.uuid4().hex, 3, 3, 100, "0" * 32)
     return Part(name, {0: 9, 1: 4}, {0: 3}, (segment,), MomentFile(f"moments/{snapshot}/{name}.npz", 10, "1" * 32), 110)
@@ -134,13 +144,8 @@ class TestTaking:
 
     async def test_one_at_a_time(self, tmp_path: Path) -> None:
         workers, may_end = Writers(), asyncio.Event()
-
-        async def slowly(message: dict[str, Any]) -> dict[str, Any]:
-            await may_end.wait()
-            return {"part": written(message).to_wire()}
-
         async with running(workers, A, replicas=1) as coordinator:
-            workers.instead[A, "snapshot"] = slowly
+            workers.instead[A, "snapshot"] = slowly(may_end)
             first = asyncio.ensure_future(coordinator.snapshots.take(str(tmp_path)))
             await until(lambda: "snapshot" in [op for _, op, _ in workers.asked], "the first has begun")
             with pytest.raises(SnapshotError, match="is being written"):
@@ -151,13 +156,8 @@ class TestTaking:
 
     async def test_a_scheduled_one_is_waited_for(self, tmp_path: Path) -> None:
         workers, may_end = Writers(), asyncio.Event()
-
-        async def slowly(message: dict[str, Any]) -> dict[str, Any]:
-            await may_end.wait()
-            return {"part": written(message).to_wire()}
-
         async with running(workers, A, replicas=1) as coordinator:
-            workers.instead[A, "snapshot"] = slowly
+            workers.instead[A, "snapshot"] = slowly(may_end)
             await coordinator.snapshots.schedule(str(tmp_path), 600.0, 0)
             await until(lambda: "snapshot" in [op for _, op, _ in workers.asked], "the scheduled one has begun")
             asked = asyncio.ensure_future(coordinator.snapshots.take(str(tmp_path)))

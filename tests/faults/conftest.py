@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import headrace
+from benchmarks.fault_cluster import SchedulerProcess
 from benchmarks.fault_scenes import Scene
 from headrace.pipeline.client import Collection, Database
 
@@ -29,6 +30,17 @@ def what_was_killed_is_forgotten(request: pytest.FixtureRequest) -> Iterator[Non
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
+
+
+@pytest.fixture
+def scheduler() -> Iterator[SchedulerProcess]:
+    """One in a process of its own, without workers."""
+    running = SchedulerProcess()
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.end()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,6 @@ def until(condition: Callable[[], Any], what: str, deadline: float = 90.0) -> No
 def started(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "headrace.pipeline.cli", *arguments, "--end-with-parent"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-
-
-@pytest.fixture
-def scheduler() -> Iterator[SchedulerProcess]:
-    running = SchedulerProcess()
-    try:
-        running.wait()
-        yield running
-    finally:
-        running.end()
 
 
 def roles_of(docs: headrace.Collection) -> dict[str, str]:

@@ -48,16 +48,6 @@ def workers_of(cluster: Database) -> dict[str, int]:
 
 
 @pytest.fixture
-def scheduler() -> Iterator[SchedulerProcess]:
-    running = SchedulerProcess()
-    try:
-        running.wait()
-        yield running
-    finally:
-        running.end()
-
-
-@pytest.fixture
 def cluster(scheduler: SchedulerProcess) -> Iterator[Database]:
     workers = command("worker", scheduler.address, "--workers", "2")
     try:
