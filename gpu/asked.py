@@ -24,6 +24,9 @@ class Asked:
 
     def note(self, queries: _Floats) -> None:
         """Keep a few of these, float32 (q, dim), other ones each time."""
+        if len(queries) == 1:
+            self._latest.append(queries[0].copy())
+            return
         step = max(1, len(queries) // _OF_A_BATCH)
         self._turn += 1  # by several threads at once: a turn that is lost does no harm
         for query in queries[self._turn % step :: step][:_OF_A_BATCH]:

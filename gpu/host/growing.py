@@ -20,6 +20,7 @@ from headrace.gpu import ranking
 from headrace.gpu.buffers import Buffer
 from headrace.gpu.growing_vectors import GrowingVectors
 from headrace.gpu.host import exact, storage
+from headrace.gpu.host.refined import Refined
 
 __all__ = ["CodedVectors", "Codes", "vectors"]
 
@@ -39,6 +40,9 @@ _UNIT = 2.0**-23
 _SEVERAL = 4
 """For each row that is asked for, and eight more, so many are scored. Of 16 K rows, the best ten of 64 are certain for
 every query over sentences of 384 numbers, and for 98 to 100 in a hundred over GloVe words of 100 numbers."""
+_MORE = 6
+"""The same for lone queries, which `headrace.gpu.host.refined` answers: then the first look is enough for 99 in 100
+over sentences."""
 _LONGEST_REST = 64
 
 
@@ -76,7 +80,6 @@ class Codes:
         self.gap = self.reach = 0.0
         self._off_origin = _length(self.centre)
         self._view: tuple[int, Any] = 0, None
-        self._read = False
         self._bytes = _buffer(vectors.shape[1], expected)
         self.append(vectors)
         self.learnt, self.fits = len(vectors), self.gap
@@ -97,9 +100,6 @@ class Codes:
             piece = slice(start, start + _PIECE)
             coded[piece] = self._coded(vectors[piece])
         self._bytes.append(coded)
-        if self._read:  # better made by the writer than by the next search, which somebody waits for
-            self._read = False
-            self._view_of(len(self._bytes))
 
     def _coded(self, rows: _Floats) -> npt.NDArray[np.uint8]:
         """The bytes of some rows; what they lack is noted."""
@@ -112,8 +112,13 @@ class Codes:
         coded: npt.NDArray[np.uint8] = (steps + 128).astype(np.uint8)
         return coded
 
+    @property
+    def size(self) -> float:
+        """No vector is longer."""
+        return self.reach + self._off_origin + self.gap
+
     def _size(self) -> float:
-        """No vector is longer, but by the gap."""
+        """What bytes say is never longer."""
         return self.reach + self._off_origin
 
     def nearest(
@@ -129,11 +134,10 @@ class Codes:
         rows : int64 (q, k)
             -1 where there are fewer.
         """
-        self._read = True
         asked = [self._asked(query) for query in queries]
         steps = np.stack([one.steps for one in asked]) if len(asked) > 1 else asked[0].steps[None]
         params = storage.parameters(storage.faiss.SearchParameters, allowed)
-        scores, found = storage.search(self._view_of(rows), steps, k, params)
+        scores, found = storage.search(self.view(rows), steps, k, params)
         size, off = self._size() + self.gap, 4 * ranking.rounding(queries.shape[1])
         bound = np.full(len(queries), np.nan)
         for at, one in enumerate(asked):
@@ -166,7 +170,12 @@ class Codes:
             steps = steps.clip(-_STEPS, _STEPS)
         return _Asked(steps, scale, length, _length(query - steps * np.float32(scale)))
 
-    def _view_of(self, rows: int) -> Any:
+    def take(self, rows: _Ints) -> npt.NDArray[np.uint8]:
+        """The bytes of some rows."""
+        taken: npt.NDArray[np.uint8] = self._bytes.take(rows)
+        return taken
+
+    def view(self, rows: int) -> Any:
         """FAISS's index over the bytes of the first `rows` rows, kept for the next search of as many."""
         known, view = self._view
         if known != rows:
@@ -205,9 +214,9 @@ class CodedVectors(GrowingVectors):
         super().__init__(np, exact, dim, "float32", metric, expected)
         self._dim, self._expected = dim, expected
         self._codes: Codes | None = None
-        # Of searches that the bytes could not answer. Readers write these at the same time: a count that is lost
-        # costs a search that takes longer.
-        self._failed = self._rest = 0
+        self._refined: tuple[int, Refined | None] = 0, None
+        self._trust = _Trust()
+        self._read = False
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +238,11 @@ class CodedVectors(GrowingVectors):
             return
         codes.append(vectors)
         if codes.gap > 2 * codes.fits and len(kept) >= 2 * codes.learnt:
-            self._codes = Codes(kept, self._metric, self._expected)  # what has come is unlike what was first
+            self._codes = codes = Codes(kept, self._metric, self._expected)  # what has come is unlike what was first
+            self._refined = 0, None
+        if self._read:  # better made by the writer than by the next search, which somebody waits for
+            self._read = False
+            self._view_of(codes, len(kept))
 
     def search(self, allowed: _Bools | None, queries: _Floats, k: int, rows: int) -> tuple[_Floats, _Ints]:
         codes = self._codes
@@ -242,9 +255,13 @@ class CodedVectors(GrowingVectors):
                 return super().search(allowed, queries, k, rows)
             if count == rows:
                 allowed = None
-        if self._rest > 0:
-            self._rest -= 1
+        if not self._trust.worth_a_try():
             return super().search(allowed, queries, k, rows)
+        if allowed is None and len(queries) == 1 and self._metric != "l2":
+            self._read = True
+            answer = self._view_of(codes, rows).search(queries, k, _MORE * (k + 8))
+            self._trust.tried(answer is not None)
+            return answer or super().search(allowed, queries, k, rows)
         bound, found = codes.nearest(allowed, queries, several, rows)
         scores, best = ranking.nothing_found(np, len(queries), k, self._metric)
         certain = [
@@ -252,13 +269,18 @@ class CodedVectors(GrowingVectors):
             for query, candidates, least, score, row in zip(queries, found, bound.tolist(), scores, best, strict=True)
         ]
         unsure = [at for at, sure in enumerate(certain) if not sure]
+        self._trust.tried(not unsure)
         if unsure:
-            self._failed += 1
-            self._rest = min(1 << self._failed, _LONGEST_REST)
             scores[unsure], best[unsure] = super().search(allowed, queries[unsure], k, rows)
-        else:
-            self._failed = 0
         return scores, best
+
+    def _view_of(self, codes: Codes, rows: int) -> Refined:
+        """The first `rows` rows for lone queries, kept for the next one."""
+        known, view = self._refined
+        if known != rows or view is None:
+            view = Refined(codes, self._kept.first(rows))
+            self._refined = rows, view
+        return view
 
     def _scored(self, query: _Floats, candidates: _Ints, bound: float, scores: _Floats, rows: _Ints) -> bool:
         """Write the best of the candidates into `scores` and `rows`, (k,); False if another row may be as good."""
@@ -278,3 +300,25 @@ class CodedVectors(GrowingVectors):
         if self._metric == "l2":
             return math.sqrt(worst) * (1 + ranking.rounding(self._dim)) < bound
         return worst > bound
+
+
+class _Trust:
+    """Whether something that may fail is worth a try: after failures seldom, until it has worked again.
+
+    Readers write this at the same time: a count that is lost costs a search that takes longer.
+    """
+
+    __slots__ = ("_failed", "_rest")
+
+    def __init__(self) -> None:
+        self._failed = self._rest = 0
+
+    def worth_a_try(self) -> bool:
+        if self._rest > 0:
+            self._rest -= 1
+            return False
+        return True
+
+    def tried(self, worked: bool) -> None:
+        self._failed = 0 if worked else self._failed + 1
+        self._rest = 0 if worked else min(1 << self._failed, _LONGEST_REST)

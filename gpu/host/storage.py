@@ -28,6 +28,7 @@ __all__ = [
     "pieces",
     "read",
     "search",
+    "short",
     "stored",
     "write",
 ]
@@ -146,9 +147,15 @@ def search(index: Any, queries: _Floats, k: int, params: Any) -> tuple[_Floats, 
             faiss.omp_set_num_threads(threads)
     else:
         scores, rows = index.search(queries, k, params=params)
-    if rows[:, -1].min() < 0:
+    if short(rows):
         scores[rows < 0] = np.inf if index.metric_type == faiss.METRIC_L2 else -np.inf
     return scores, rows
+
+
+def short(rows: _Ints) -> bool:
+    """Has any query fewer rows than it asked for? Rows (q, k), -1 behind the last one; q and k at least 1."""
+    last = rows.item(-1) if len(rows) == 1 else rows[:, -1].min()  # of one query without the calls that arrays take
+    return bool(last < 0)
 
 
 def write(index: Any, kind: str, path: Path) -> None:

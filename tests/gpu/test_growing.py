@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from headrace.gpu.backend import Backend
 from headrace.gpu.host import exact, growing
 from headrace.gpu.host.growing import CodedVectors, Codes
+from headrace.gpu.host.refined import Refined
 from headrace.gpu.index_spec import DTYPES
 from tests.gpu.searches import METRICS, check_search, on_host, random_rows, true_scores
 
@@ -83,14 +84,15 @@ def test_no_row_is_missed(shape: str, metric: str, dim: int, k: int, seed: int, 
     with pytest.MonkeyPatch.context() as patch:
         kept = coded(patch, rows, metric)
         allowed = rng.random(1100) < share
-        scores, found = kept.search(allowed, queries, k, 1100)
-        plain, _ = exact.search(rows[:1100], allowed, queries, k, metric)
-    assert allowed[found].all()
-    assert all(len(set(line)) == k for line in found.tolist())
-    # A sum in another order differs by a rounding of the largest terms, not of what is left of them.
-    terms = np.abs(queries.astype(np.float64)) @ np.abs(rows[:1100].astype(np.float64)).max(axis=0)
-    loose = 1e-5 * (np.abs(plain).astype(np.float64) + (terms[:, None] if metric == "ip" else 0))
-    assert (np.abs(scores.astype(np.float64) - plain) <= loose).all()
+        for asked, some in ((queries, allowed), (queries[:1], np.ones(1100, dtype=bool))):
+            scores, found = kept.search(some, asked, k, 1100)
+            plain, _ = exact.search(rows[:1100], some, asked, k, metric)
+            assert some[found].all()
+            assert all(len(set(line)) == k for line in found.tolist())
+            # A sum in another order differs by a rounding of the largest terms, not of what is left of them.
+            terms = np.abs(asked.astype(np.float64)) @ np.abs(rows[:1100].astype(np.float64)).max(axis=0)
+            loose = 1e-5 * (np.abs(plain).astype(np.float64) + (terms[:, None] if metric == "ip" else 0))
+            assert (np.abs(scores.astype(np.float64) - plain) <= loose).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -114,22 +116,54 @@ def test_the_bound_holds_for_every_other_row(metric: str, dim: int) -> None:
         assert (best[known] >= (bound if metric == "l2" else -bound)[known]).all(), shape
 
 
-def test_bytes_answer_where_rows_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("several", [4, 12, 200])
+@pytest.mark.parametrize("dim", [1, 2, 32, 100])
+def test_what_a_lone_query_is_told_is_certain(dim: int, several: int) -> None:
+    told = 0
+    for shape in SHAPES[:7]:
+        rows = shaped(shape, 1500, dim, 5)
+        queries = np.concatenate([rows[:40] * 0.99, random_rows(40, dim, "ip", seed=3), np.zeros((1, dim), "f4")])
+        codes = Codes(rows[:700], "ip", 1500)
+        codes.append(rows[700:])
+        view = Refined(codes, rows)
+        truth = true_scores(rows, queries, "ip")
+        off = 1e-6 * np.abs(queries.astype(np.float64)) @ np.abs(rows.astype(np.float64)).max(axis=0)
+        for query, scores, loose in zip(queries, truth, off, strict=True):
+            if answer := view.search(query[None], 3, several):
+                told += 1
+                np.testing.assert_allclose(answer[0][0], scores[answer[1][0]], rtol=1e-5, atol=loose)
+                np.testing.assert_allclose(answer[0][0], -np.sort(-scores)[:3], rtol=1e-5, atol=loose)
+    assert several < 200 or told > 80
+
+
+def test_a_lone_query_is_told_the_first_of_equal_rows() -> None:
+    rows = np.tile(random_rows(500, 32, "cosine"), (3, 1))
+    view = Refined(Codes(rows, "ip", 1500), rows)
+    answer = view.search(rows[:1], 2, 40)
+    assert answer
+    assert answer[1].tolist() == [[0, 500]]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_bytes_answer_where_rows_differ(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(4000, 32, "cosine")
     kept = coded(monkeypatch, rows, "cosine")
     monkeypatch.setattr(exact, "search", None)  # to be called would be an error
-    answer = kept.search(None, rows[:5], 3, 4000)
-    check_search(answer, rows, np.ones(4000, dtype=bool), rows[:5], 3, "cosine")
+    answer = kept.search(None, rows[:count], 3, 4000)
+    check_search(answer, rows, np.ones(4000, dtype=bool), rows[:count], 3, "cosine")
 
 
-def test_rows_that_are_alike_are_read_whole_and_the_bytes_tried_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "look"), [(1, (Refined, "search")), (2, (Codes, "nearest"))])
+def test_rows_that_are_alike_are_read_whole_and_the_bytes_tried_less_often(
+    count: int, look: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = np.repeat(random_rows(2, 32, "cosine"), 2000, axis=0)
     kept = coded(monkeypatch, rows, "cosine")
     tried = []
-    nearest = Codes.nearest
-    monkeypatch.setattr(Codes, "nearest", lambda *args: tried.append(1) or nearest(*args))
+    before = getattr(*look)
+    monkeypatch.setattr(*look, lambda *args: tried.append(1) or before(*args))
     for _ in range(100):
-        _, found = kept.search(None, rows[:1], 3, 4000)
+        _, found = kept.search(None, rows[:count], 3, 4000)
         assert (found < 2000).all()
     assert 2 <= len(tried) <= 8
 
