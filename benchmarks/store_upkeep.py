@@ -69,7 +69,10 @@ class Maintainer:
 
 @dataclass
 class Counted:
-    """Builds that a backend did: how many, over how many rows, in how many seconds."""
+    """Builds that a backend did: how many, over how many rows, in how many seconds.
+
+    Where an index was extended, the rows that were added.
+    """
 
     builds: int = 0
     rows: int = 0
@@ -93,7 +96,23 @@ class _CountedKind:
     def build(self, vectors: Any, *args: Any, **options: Any) -> Any:
         began = time.perf_counter()
         index = self._kind.build(vectors, *args, **options)
-        self._counted.builds += 1
-        self._counted.rows += len(vectors)
-        self._counted.seconds += time.perf_counter() - began
+        self._count(began, len(vectors))
         return index
+
+    def extension(self, index: Any) -> Any:
+        extended = self._kind.extension(index)
+        if extended is None:
+            return None
+
+        def counted(vectors: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            larger = extended(vectors, **options)
+            self._count(began, len(vectors))
+            return larger
+
+        return counted
+
+    def _count(self, began: float, rows: int) -> None:
+        self._counted.builds += 1
+        self._counted.rows += rows
+        self._counted.seconds += time.perf_counter() - began

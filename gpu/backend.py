@@ -26,6 +26,7 @@ __all__ = [
     "Array",
     "Backend",
     "Exact",
+    "Extension",
     "Frames",
     "GrowingKind",
     "IndexKind",
@@ -161,6 +162,16 @@ class GrowingKind(Protocol):
         """
 
 
+class Extension(Protocol):
+    """An index that can take in more rows; it stays as it is."""
+
+    def __call__(self, vectors: Array, *, threads: int = 1) -> Any:
+        """A new index over the same rows, and `vectors` behind them: float32 or float16, (n, dim).
+
+        As `IndexKind.build` otherwise: it may take minutes, and raises what that does.
+        """
+
+
 class IndexKind(Protocol):
     """One kind of index over rows that will never change; the kinds are those of `headrace.gpu.index_spec.KINDS`."""
 
@@ -182,6 +193,9 @@ class IndexKind(Protocol):
         BackendError
             There are no vectors.
         """
+
+    def extension(self, index: Any) -> Extension | None:
+        """How to build this index with more rows for less than building it anew; None where there is no such way."""
 
     def search(self, index: Any, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
         """As `Exact.search`, approximately: the rows may not be the best ones, their scores are exact. Thread-safe.

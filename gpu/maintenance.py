@@ -6,6 +6,10 @@ are entered afterwards, a few thousand at a time.
 
 A growing segment that is full is searched exactly until it is sealed, so sealing does not wait for a long merge: while
 one job runs, another may seal.
+
+Where an index can take in more rows (`headrace.gpu.backend.IndexKind.extension`), the largest of the segments that
+become one is copied and the others' rows are added to it, as Lucene and Qdrant do: to find a row's links takes over
+a hundred times as long as to copy them.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ from headrace.gpu.calibrate import calibrate
 from headrace.gpu.columns import Columns
 from headrace.gpu.ids import IdColumn
 from headrace.gpu.index_spec import IndexSpec, build_params
-from headrace.gpu.merge import MergePolicy, SegmentSize, make_room, plan
+from headrace.gpu.merge import MergePolicy, SegmentSize, base, make_room, plan, written
 from headrace.gpu.merge import settle as settled
-from headrace.gpu.segments import Sealed
+from headrace.gpu.segments import Sealed, Segment
 from headrace.gpu.table import Part, Source, Table, forwarding
 from headrace.gpu.usage import held, segment_bytes
 from headrace.gpu.versions import Versions
@@ -46,6 +50,9 @@ _DEAD_WHEN_TIGHT = 0.1
 _DEAD_WHEN_LACKING = 0.01
 """Shares of deleted rows at which a segment is rewritten while room is short (`Budget.tight`), and while the rows that
 were refused still have none (`Budget.lacking`): a hundred rows are written anew for one at most."""
+_WAITING = 2
+"""Full growing segments that begin a job of their own, while another job adds one to a segment: with fewer, waiting for
+that segment takes less than one segment more does."""
 _SECONDS_PER_ROW = 2e-4
 """Of a build, until one has been seen."""
 
@@ -81,6 +88,7 @@ class Maintenance:
         self._settle_after, self._seconds_per_row = settle_after, _SECONDS_PER_ROW
         self._asked = asked
         self._claimed: set[int] = set()  # serials of segments that a job is rewriting; under the table's lock
+        self._absorbing = False  # is the first of the jobs one that adds full growing segments to another one?
         self._swapping = threading.Lock()
         self._params = functools.lru_cache(64)(build_params)
 
@@ -111,9 +119,14 @@ class Maintenance:
             chosen = self._plan(settle=settle)
             if any(part.segment is self._table.growing for part in chosen):
                 self._table.freeze()
+            basis, chosen = self._basis(chosen)
             sources: list[Source] = [(part.segment, np.flatnonzero(part.marks.alive)) for part in chosen]
+            if basis:
+                sources[0] = basis, np.arange(len(basis))  # its dead rows too: a graph has no way to leave them out
             size = sum(self._job_bytes(part) for part in chosen)
             serials = {part.segment.serial for part in chosen}
+            if first := not self._claimed:
+                self._absorbing = basis is not None and all(part.frozen for part in chosen[1:])
             self._claimed |= serials
         if not chosen:
             return False
@@ -121,11 +134,21 @@ class Maintenance:
             with self._budget.job(size) as granted:
                 if not granted:  # another store's job was quicker
                     return False
-                self._rewrite(sources)
+                self._rewrite(sources, basis)
             return True
         finally:
             with self._table.lock:
                 self._claimed -= serials
+                self._absorbing = self._absorbing and not first
+
+    def _basis(self, chosen: Sequence[Part]) -> tuple[Sealed | None, list[Part]]:
+        """The segment whose index the others are added to, if any, and all of them, that one first."""
+        at = base(self._sizes(chosen), self._policy)
+        if at is None:
+            return None, list(chosen)
+        first = chosen[at].segment
+        assert isinstance(first, Sealed)
+        return first, [chosen[at], *(part for part in chosen if part is not chosen[at])]
 
     def _plan(self, *, settle: bool = False) -> list[Part]:
         everything = [
@@ -134,8 +157,8 @@ class Maintenance:
         # What comes alive in a segment after it was chosen would be lost with it.
         everything = [part for part in everything if not part.arriving]
         parts = [part for part in everything if part.segment is not self._table.growing]
-        if self._claimed:
-            parts = [part for part in parts if part.frozen]
+        if self._claimed and sum(part.frozen for part in parts) < (_WAITING if self._absorbing else 1):
+            return []
         if parts and (chosen := plan(self._sizes(parts), self._policy, self._budget.room)):
             return [parts[position] for position in chosen]
         if self._claimed:
@@ -144,18 +167,17 @@ class Maintenance:
             least = _DEAD_WHEN_LACKING if self._budget.lacking else _DEAD_WHEN_TIGHT
             if chosen := make_room(self._sizes(everything), min(least, self._policy.dead_share), self._budget.room):
                 return [everything[position] for position in chosen]
-        if everything and (settle or self._rested(sum(part.marks.live for part in everything))):
+        rest = time.monotonic() - self._table.changed_at
+        if everything and (settle or rest >= self._settle_after):
             sizes = [
                 replace(size, frozen=size.frozen or part.segment is self._table.growing)
                 for size, part in zip(self._sizes(everything), everything, strict=True)
             ]
-            return [everything[position] for position in settled(sizes, self._policy, self._budget.room)]
+            chosen = settled(sizes, self._policy, self._budget.room)
+            new = written([sizes[position] for position in chosen], self._policy)
+            if settle or rest >= new * self._seconds_per_row:
+                return [everything[position] for position in chosen]
         return []
-
-    def _rested(self, rows: int) -> bool:
-        """Has nothing been written for as long as a merge of everything would take, and `settle_after`?"""
-        rest = time.monotonic() - self._table.changed_at
-        return rest >= max(self._settle_after, rows * self._seconds_per_row)
 
     def _sizes(self, parts: Sequence[Part]) -> list[SegmentSize]:
         return [
@@ -165,9 +187,15 @@ class Maintenance:
                 part.frozen,
                 self._job_bytes(part),
                 sum(segment_bytes(part).values()),
+                self._extends(part.segment),
             )
             for part in parts
         ]
+
+    def _extends(self, segment: Segment) -> bool:
+        if not isinstance(segment, Sealed) or not segment.extends:
+            return False
+        return segment.params == self._params(self._spec, 1 << len(segment).bit_length(), self._dim)
 
     def _job_bytes(self, part: Part) -> int:
         live, size = part.marks.live, part.segment.nbytes()
@@ -176,12 +204,13 @@ class Maintenance:
         params = self._params(self._spec, 1 << live.bit_length(), self._dim)
         return job_bytes(params, live, self._dim, columns) if live else 0
 
-    def _rewrite(self, sources: Sequence[Source]) -> None:
+    def _rewrite(self, sources: Sequence[Source], basis: Sealed | None) -> None:
         rows = sum(len(live) for _, live in sources)
         began = time.monotonic()
-        sealed = self._build(sources, rows) if rows else None
-        if rows >= _FEWEST:
-            self._seconds_per_row = (time.monotonic() - began) / rows
+        sealed = self._build(sources, rows, basis) if rows else None
+        new = rows - (len(basis) if basis else 0)
+        if new >= _FEWEST:
+            self._seconds_per_row = (time.monotonic() - began) / new
         way = None if sealed is None else forwarding(sources, sealed)
         table = self._table
         with self._swapping:  # the places of one job are entered before the next one's, never all at once
@@ -195,13 +224,18 @@ class Maintenance:
                 time.sleep(_PAUSE)
                 with table.lock:
                     more = table.directory.step(_STEP)
-        log.debug("sealed %d rows of %d segments", rows, len(sources))
+        log.debug("sealed %d rows of %d segments, %d of them anew", rows, len(sources), new)
 
-    def _build(self, sources: Sequence[Source], rows: int) -> Sealed:
+    def _build(self, sources: Sequence[Source], rows: int, basis: Sealed | None) -> Sealed:
         params = build_params(self._spec, rows, self._dim)
         kind = self._backend.kinds[params.kind]
-        vectors = self._gather(sources, rows, params.dtype)
-        index: Any = kind.build(vectors, self._metric, params, threads=self._threads)
+        index: Any
+        if basis is None or basis.extension is None:
+            vectors = self._gather(sources, rows, params.dtype)
+            index = kind.build(vectors, self._metric, params, threads=self._threads)
+        else:
+            index = basis.extension(self._gather(sources[1:], rows - len(basis), params.dtype), threads=self._threads)
+            vectors = kind.vectors(index, self._backend.xp.arange(rows))
         sealed = Sealed(
             self._backend,
             params,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.gpu.backend import Array, Backend
+from headrace.gpu.backend import Array, Backend, Extension
 from headrace.gpu.calibrate import EXACT, Calibration
 from headrace.gpu.columns import Columns
 from headrace.gpu.ids import IdColumn
@@ -160,6 +160,8 @@ class Sealed(Segment):
     ----------
     uid : str
         32 hexadecimal digits by which it is known in snapshots.
+    extends : bool
+        It has an `extension`.
     kept : dict of str to (str, float or None)
         URLs of the places where this process knows it to be kept, its manifest's checksum there, and when this process
         last read its files there through (`time.monotonic`; None: never).
@@ -183,6 +185,7 @@ class Sealed(Segment):
         self._kind = backend.kinds[params.kind]
         self._xp = backend.xp
         self.params, self.index, self.calibration = params, index, calibration
+        self.extends = self.extension is not None
         self.ids, self._versions, self.columns = ids, versions, columns
         self._size = {**self._kind.nbytes(index), "versions": versions.nbytes, **super().nbytes()}
 
@@ -197,6 +200,11 @@ class Sealed(Segment):
         self, allowed: Array | None, queries: Array, k: int, recall_target: float, rows: int
     ) -> tuple[Array, Array]:
         return self._kind.search(self.index, allowed, queries, k, effort=self.calibration.effort(recall_target))
+
+    @property
+    def extension(self) -> Extension | None:
+        """See `headrace.gpu.backend.IndexKind.extension`."""
+        return self._kind.extension(self.index)
 
     def promise(self, recall_target: float) -> dict[str, Any]:
         """What a search gets: its calibrated ``recall``, the ``effort`` (None: it is exact), and ``reached``: the

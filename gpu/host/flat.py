@@ -13,7 +13,7 @@ from headrace.gpu import archive
 from headrace.gpu.host import exact, storage
 from headrace.gpu.index_spec import BuildParams
 
-__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "extension", "load", "nbytes", "save", "search", "vectors"]
 
 _Floats = npt.NDArray[np.float32]
 _Kept = npt.NDArray[np.float32] | npt.NDArray[np.float16]
@@ -52,6 +52,10 @@ def build(vectors: _Kept, metric: str, params: BuildParams, *, threads: int = 1)
 def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, effort: int) -> tuple[_Floats, _Ints]:
     """Exact, whatever the effort; see `headrace.gpu.host.exact`."""
     return exact.search(index.rows, allowed, queries, k, index.metric)
+
+
+def extension(index: Index) -> None:
+    """None: there is nothing that building takes."""
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.gpu import filtered
+from headrace.gpu.backend import Extension
 from headrace.gpu.errors import BackendError
 from headrace.gpu.host import exact, storage
 from headrace.gpu.host.storage import faiss
 from headrace.gpu.index_spec import BuildParams
 
-__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "extension", "load", "nbytes", "save", "search", "vectors"]
 
 _Floats = npt.NDArray[np.float32]
 _Kept = npt.NDArray[np.float32] | npt.NDArray[np.float16]
@@ -82,6 +84,25 @@ def build(vectors: _Kept, metric: str, params: BuildParams, *, threads: int = 1)
     return Index(hnsw)
 
 
+def extension(index: Index) -> Extension | None:
+    """FAISS's `add` to a copy of the graph: that is how it was built, so it is the same graph in the end.
+
+    Of 16 K rows of 384 numbers the copy takes 25 ms, the building 3.5 s. Not for a graph that CAGRA built.
+    """
+    return partial(_extended, index) if index.hnsw.init_level0 else None
+
+
+def _extended(index: Index, vectors: _Kept, *, threads: int = 1) -> Index:
+    if len(vectors) == 0:
+        return index
+    kept = storage.stored(vectors, str(index.rows.dtype))
+    hnsw = faiss.clone_index(index.hnsw)
+    with storage.openmp(threads):
+        for piece in storage.pieces(kept):
+            hnsw.add(piece)
+    return Index(hnsw)
+
+
 def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, effort: int) -> tuple[_Floats, _Ints]:
     """The `k` best allowed rows, approximately; `effort` is HNSW's efSearch, for up to 10 rows without a filter.
 
@@ -107,7 +128,7 @@ def search(index: Index, allowed: _Bools | None, queries: _Floats, k: int, *, ef
     if allowed is not None:
         return _among(index, allowed, count, queries, k, steps, count / (2 * visit * steps))
     scores, rows = storage.search(index.hnsw, queries, k, index.parameters(steps))
-    if rows[:, -1].min() < 0:
+    if storage.short(rows):
         short = np.flatnonzero(rows[:, min(k, count) - 1] < 0)
         scores[short], rows[short] = exact.search(index.rows, None, queries[short], k, index.metric)
     return scores, rows

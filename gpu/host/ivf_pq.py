@@ -20,7 +20,7 @@ from headrace.gpu.host import exact, storage
 from headrace.gpu.host.storage import faiss
 from headrace.gpu.index_spec import BuildParams
 
-__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "extension", "load", "nbytes", "save", "search", "vectors"]
 
 log = logging.getLogger("headrace.gpu")
 
@@ -190,6 +190,10 @@ def _parameters(factor: float, probes: int) -> Any:
     return faiss.IndexRefineSearchParameters(
         k_factor=factor, base_index_params=faiss.SearchParametersIVF(nprobe=probes)
     )
+
+
+def extension(index: Index) -> None:
+    """None: lists and codes are trained on the rows that they are to hold."""
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

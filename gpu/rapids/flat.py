@@ -13,7 +13,7 @@ from headrace.gpu.host import flat as host
 from headrace.gpu.index_spec import BuildParams
 from headrace.gpu.rapids import kept, scan
 
-__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "extension", "load", "nbytes", "save", "search", "vectors"]
 
 Array = Any
 
@@ -49,6 +49,10 @@ def build(vectors: Array, metric: str, params: BuildParams, *, threads: int = 1)
 def search(index: Index, allowed: Array | None, queries: Array, k: int, *, effort: int) -> tuple[Array, Array]:
     """Exact, whatever the effort; see `headrace.gpu.rapids.scan`."""
     return scan.search(index.rows, index.prepared, allowed, queries, k, index.metric)
+
+
+def extension(index: Index) -> None:
+    """None: there is nothing that building takes."""
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

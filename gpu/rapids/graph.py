@@ -22,7 +22,7 @@ from headrace.gpu.index_spec import BuildParams
 from headrace.gpu.rapids import kept, scan
 from headrace.gpu.rapids.handles import handle
 
-__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "extension", "load", "nbytes", "save", "search", "vectors"]
 
 Array = Any
 
@@ -126,6 +126,10 @@ def _near(index: Index, queries: Array, found: int, candidates: int) -> Array:
     with handle() as resources:
         _, near = cagra.search(params, index.cagra, queries, found, resources=resources)
     return cp.asarray(near)
+
+
+def extension(index: Index) -> None:
+    """None: CAGRA builds faster than it extends, and better graphs."""
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from headrace.gpu.index_spec import BuildParams
 from headrace.gpu.rapids import kept, scan
 from headrace.gpu.rapids.handles import handle
 
-__all__ = ["Index", "build", "efforts", "load", "nbytes", "save", "search", "vectors"]
+__all__ = ["Index", "build", "efforts", "extension", "load", "nbytes", "save", "search", "vectors"]
 
 Array = Any
 
@@ -120,6 +120,10 @@ def _refine(index: Index) -> int:
     """Candidates per row asked for: more where codes are coarser than two bits for each number."""
     dim: int = index.rows.shape[1]
     return _CANDIDATES_PER_HIT * max(1, math.ceil(2 * dim / (index.params.pq_dim * index.params.pq_bits)))
+
+
+def extension(index: Index) -> None:
+    """None: lists and codes are trained on the rows that they are to hold."""
 
 
 def efforts(index: Index, k: int) -> tuple[int, ...]:

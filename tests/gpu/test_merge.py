@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.gpu.errors import ConfigError
-from headrace.gpu.merge import MergePolicy, SegmentSize, make_room, plan, settle
+from headrace.gpu.merge import MergePolicy, SegmentSize, base, make_room, plan, settle, written
 
 POLICY = MergePolicy(fan_in=3, tier=4.0, floor_rows=1, dead_share=0.3, max_rows=1000)
 
@@ -39,6 +39,33 @@ def test_what_waits_for_its_index_comes_first_all_of_it_together() -> None:
 def test_what_waits_goes_straight_into_its_tier() -> None:
     assert plan([*full(300, 300, 10, 10), *frozen(10)], POLICY) == [2, 3, 4]
     assert plan([*full(300, 300, 10), *frozen(10)], POLICY) == [3]
+
+
+def able(rows: int, live: int | None = None) -> SegmentSize:
+    live = rows if live is None else live
+    return SegmentSize(rows, live, job_bytes=10 * live, extends=True)
+
+
+def test_what_waits_is_added_to_the_smallest_segment_that_can_take_it_in() -> None:
+    assert plan([able(100), able(50), *frozen(10)], POLICY) == [1, 2]
+    assert plan([*full(50), able(100), *frozen(10, 20)], POLICY) == [1, 2, 3]
+    assert plan([able(161), *frozen(10)], POLICY) == [1], "it has more than 16 times the rows"
+    assert plan([able(161), *frozen(10, 10)], POLICY) == [0, 1, 2]
+    assert plan([able(100, 79), *frozen(10)], POLICY) == [1], "too many of its rows are dead"
+    assert plan([able(995), *frozen(90)], POLICY) == [1], "they would be too many"
+    assert plan([able(100), *frozen(10)], POLICY, 1099) == [1], "there is no room for both"
+    assert plan([able(100), *frozen(10, 20)], POLICY, 1150) == [0, 1]
+    never = MergePolicy(fan_in=3, tier=4.0, floor_rows=1, max_rows=1000, absorb=0)
+    assert plan([able(100), *frozen(10)], never) == [1]
+
+
+def test_of_segments_that_become_one_the_largest_is_extended() -> None:
+    assert base([able(10), able(30), *full(50)], POLICY) == 1
+    assert base([able(10), able(30, 23), *full(50)], POLICY) == 0
+    assert base(full(10, 20), POLICY) is None
+    assert base([able(10)], POLICY) is None, "by itself it is written anew, for the sake of its dead rows"
+    assert written([able(30, 28), *full(50), *frozen(5)], POLICY) == 55
+    assert written(full(10, 20), POLICY) == 30
 
 
 def test_a_segment_with_many_dead_rows_is_rewritten_by_itself() -> None:

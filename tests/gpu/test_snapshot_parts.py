@@ -36,7 +36,7 @@ from tests.gpu.batches import DIM, batch_of, vector_of
 from tests.gpu.test_segment_files import attributes_of
 
 HOST = resolve("host")
-NEVER_MERGED = MergePolicy(fan_in=100, dead_share=1.0, floor_rows=1)
+NEVER_MERGED = MergePolicy(fan_in=100, dead_share=1.0, floor_rows=1, absorb=0)
 EVERY = frozenset(range(10))
 
 

@@ -26,7 +26,7 @@ from headrace.gpu.store import Applied, Store, StoreSettings
 from tests.gpu.batches import DIM, batch_of, vector_of
 
 BACKENDS = [pytest.param("host"), pytest.param("rapids", marks=pytest.mark.gpu)]
-SMALL = StoreSettings(seal_rows=64, merge=MergePolicy(fan_in=3, tier=4.0, floor_rows=1))
+SMALL = StoreSettings(seal_rows=64, merge=MergePolicy(fan_in=3, tier=4.0, floor_rows=1, absorb=0))
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
@@ -565,10 +565,9 @@ class TestMaintenance:
             put(store, *({"id": n, "offset": n, "cell": 1} for n in range(64, 128)))
             store.maintain()
             put(store, *({"id": n, "offset": n, "cell": 1} for n in range(128, 192)))
-        build = backend.kinds[kind].build
+        build, extension = backend.kinds[kind].build, backend.kinds[kind].extension
 
-        def meanwhile(*args: Any, **settings: Any) -> Any:
-            index = build(*args, **settings)
+        def meanwhile(index: Any) -> Any:
             put(store, {"id": 3, "offset": 1003, "cell": 2})
             put(store, {"id": 4, "offset": 1004, "cell": DELETED})
             put(store, {"id": 5, "offset": 5, "cell": 9, "action": Action.KEEP})
@@ -577,7 +576,12 @@ class TestMaintenance:
             put(store, {"id": 7, "offset": 7, "cell": 8})
             return index
 
-        monkeypatch.setattr(backend.kinds[kind], "build", meanwhile)
+        def extending(index: Any) -> Any:
+            extended = extension(index)
+            return extended and (lambda *args, **settings: meanwhile(extended(*args, **settings)))
+
+        monkeypatch.setattr(backend.kinds[kind], "build", lambda *args, **settings: meanwhile(build(*args, **settings)))
+        monkeypatch.setattr(backend.kinds[kind], "extension", extending)
         assert store.maintain()
         monkeypatch.undo()
         now = versions(store)
