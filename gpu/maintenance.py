@@ -53,6 +53,7 @@ were refused still have none (`Budget.lacking`): a hundred rows are written anew
 _WAITING = 2
 """Full growing segments that begin a job of their own, while another job adds one to a segment: with fewer, waiting for
 that segment takes less than one segment more does."""
+_FEW_OF = 32
 _SECONDS_PER_ROW = 2e-4
 """Of a build, until one has been seen."""
 
@@ -123,7 +124,7 @@ class Maintenance:
             sources: list[Source] = [(part.segment, np.flatnonzero(part.marks.alive)) for part in chosen]
             if basis:
                 sources[0] = basis, np.arange(len(basis))  # its dead rows too: a graph has no way to leave them out
-            size = sum(self._job_bytes(part) for part in chosen)
+            size = sum(self._job_bytes(part, len(sources[at][1])) for at, part in enumerate(chosen))
             serials = {part.segment.serial for part in chosen}
             if first := not self._claimed:
                 self._absorbing = basis is not None and all(part.frozen for part in chosen[1:])
@@ -159,7 +160,7 @@ class Maintenance:
         parts = [part for part in everything if part.segment is not self._table.growing]
         if self._claimed and sum(part.frozen for part in parts) < (_WAITING if self._absorbing else 1):
             return []
-        if parts and (chosen := plan(self._sizes(parts), self._policy, self._budget.room)):
+        if parts and (chosen := self._planned(parts)):
             return [parts[position] for position in chosen]
         if self._claimed:
             return []
@@ -179,14 +180,18 @@ class Maintenance:
                 return [everything[position] for position in chosen]
         return []
 
+    def _planned(self, parts: Sequence[Part]) -> list[int]:
+        return plan(self._sizes(parts), self._policy, self._budget.room, self._budget.largest_job)
+
     def _sizes(self, parts: Sequence[Part]) -> list[SegmentSize]:
         return [
             SegmentSize(
                 len(part.marks),
                 part.marks.live,
                 part.frozen,
-                self._job_bytes(part),
+                self._job_bytes(part, part.marks.live),
                 sum(segment_bytes(part).values()),
+                self._job_bytes(part, len(part.marks)),
                 self._extends(part.segment),
             )
             for part in parts
@@ -197,19 +202,20 @@ class Maintenance:
             return False
         return segment.params == self._params(self._spec, 1 << len(segment).bit_length(), self._dim)
 
-    def _job_bytes(self, part: Part) -> int:
-        live, size = part.marks.live, part.segment.nbytes()
-        columns = (size["ids"] + size["columns"]) * live // max(1, len(part.marks))
+    def _job_bytes(self, part: Part, rows: int) -> int:
+        """Bytes that writing so many of its rows takes."""
+        size = part.segment.nbytes()
+        columns = (size["ids"] + size["columns"]) * rows // max(1, len(part.marks))
         # Parameters change little with the rows: those for the next power of two are settled once.
-        params = self._params(self._spec, 1 << live.bit_length(), self._dim)
-        return job_bytes(params, live, self._dim, columns) if live else 0
+        params = self._params(self._spec, 1 << rows.bit_length(), self._dim)
+        return job_bytes(params, rows, self._dim, columns) if rows else 0
 
     def _rewrite(self, sources: Sequence[Source], basis: Sealed | None) -> None:
         rows = sum(len(live) for _, live in sources)
         began = time.monotonic()
         sealed = self._build(sources, rows, basis) if rows else None
         new = rows - (len(basis) if basis else 0)
-        if new >= _FEWEST:
+        if new >= max(_FEWEST, rows // _FEW_OF):  # of fewer, copying what was there takes most of the time
             self._seconds_per_row = (time.monotonic() - began) / new
         way = None if sealed is None else forwarding(sources, sealed)
         table = self._table

@@ -37,6 +37,8 @@ class SegmentSize:
         What writing its live rows anew takes until the old segment can go.
     held : int
         Bytes that it holds, its deleted rows' included.
+    copy_bytes : int
+        The same as `job_bytes` where it is extended, with its deleted rows.
     extends : bool
         Its index can be copied with more rows added to it: then only these are written.
     """
@@ -46,6 +48,7 @@ class SegmentSize:
     frozen: bool = False
     job_bytes: int = 0
     held: int = 0
+    copy_bytes: int = 0
     extends: bool = False
 
     @property
@@ -106,7 +109,9 @@ class MergePolicy:
             raise ConfigError(f"dead_share is {self.dead_share}: give a number above 0 and at most 1")
 
 
-def plan(sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = None) -> list[int]:
+def plan(
+    sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = None, largest: int | None = None
+) -> list[int]:
     """Positions in `sizes` of the segments to rewrite into one; empty when nothing is worth doing.
 
     In this order: what waits for its index (added to a segment that can be extended, or with the rest of its tier where
@@ -118,12 +123,16 @@ def plan(sizes: Sequence[SegmentSize], policy: MergePolicy, room: int | None = N
     policy : MergePolicy
     room : int, optional
         Bytes that a job may take; None is any number.
+    largest : int, optional
+        Bytes that a job will be able to take when room is short: by adding to a segment none is made that could not be
+        rewritten then, for the sake of its deleted rows.
     """
     fits = _Fits(sizes, policy.max_rows, room)
     tiers = _tiers(sizes, policy, fits)
     waiting = [position for position, size in enumerate(sizes) if size.frozen]
     if waiting:
-        if absorbed := _absorbed(sizes, waiting, policy, fits):
+        limits = [limit for limit in (room, largest) if limit is not None]
+        if absorbed := _absorbed(sizes, waiting, policy, _Fits(sizes, policy.max_rows, min(limits, default=None))):
             return absorbed
         for tier in tiers:
             if any(sizes[position].frozen for position in tier):
@@ -210,7 +219,7 @@ class _Fits:
             if not self.one(position):
                 continue
             size = self._sizes[position]
-            rows, job = rows + size.live, job + size.job_bytes
+            rows, job = rows + size.live, job + max(size.job_bytes, size.copy_bytes if size.extends else 0)
             if taken and (rows > self._max_rows or (self._room is not None and job > self._room)):
                 break
             taken.append(position)

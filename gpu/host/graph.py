@@ -24,6 +24,7 @@ _Kept = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 _Ints = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 
+_OF_CAGRA = "cagra"
 _CALIBRATED = 10
 _SPREAD = 1.25
 _VISIT = 48
@@ -171,7 +172,8 @@ def nbytes(index: Index) -> dict[str, int]:
 
 def save(index: Index, path: Path) -> None:
     """Write the index to `path`; raises `BackendError` if it cannot be written."""
-    storage.write(index.hnsw, "graph", path)
+    # FAISS does not write down whether it has linked the lowest level itself.
+    storage.write(index.hnsw, "graph" if index.hnsw.init_level0 else _OF_CAGRA, path)
 
 
 def load(path: Path) -> Index:
@@ -186,7 +188,9 @@ def load(path: Path) -> Index:
         from headrace.gpu.host.cagra_graph import load as load_cagra  # which imports this module
 
         return load_cagra(path)
-    return Index(storage.read(path, "graph"))
+    hnsw, kind = storage.read_one_of(path, ("graph", _OF_CAGRA))
+    hnsw.init_level0 = kind != _OF_CAGRA
+    return Index(hnsw)
 
 
 def _is_cagra(path: Path) -> bool:

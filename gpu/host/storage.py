@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "parameters",
     "pieces",
     "read",
+    "read_one_of",
     "search",
     "short",
     "stored",
@@ -181,7 +182,12 @@ def write(index: Any, kind: str, path: Path) -> None:
 
 
 def read(path: Path, kind: str) -> Any:
-    """Read an index of a kind written by `write`.
+    """Read an index of a kind written by `write`; raises as `read_one_of`."""
+    return read_one_of(path, (kind,))[0]
+
+
+def read_one_of(path: Path, kinds: Sequence[str]) -> tuple[Any, str]:
+    """Read an index of one of these kinds, written by `write`, and say which.
 
     Raises
     ------
@@ -197,9 +203,9 @@ def read(path: Path, kind: str) -> Any:
         if magic != _MAGIC or rest != list(_checksum(path, size)):
             raise BackendError(f"{path} is damaged or holds no index: restore it or build it again")
         found = written.rstrip(b"\0").decode()
-        if found != kind:
-            raise BackendError(f"{path} holds an index of kind {found}, not {kind}: load it as what it is")
-        return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+        if found not in kinds:
+            raise BackendError(f"{path} holds an index of kind {found}, not {kinds[0]}: load it as what it is")
+        return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE), found
     except (OSError, RuntimeError) as error:
         raise BackendError(f"cannot read an index from {path}: restore it or build it again ({error})") from error
 

@@ -106,6 +106,16 @@ def test_the_lowest_level_is_the_given_graph(built: tuple[str, np.ndarray, np.nd
     assert ((lowest >= -1) & (lowest < len(vectors))).all()
 
 
+def test_a_graph_from_a_device_takes_in_no_rows_nor_after_it_was_saved(tmp_path: Path) -> None:
+    vectors = clustered(600, DIM, "l2", clusters=4)
+    index = cagra_graph.over(vectors, cagra_links(vectors, "l2", DEGREE).astype(np.uint32), "l2")
+    for turn in range(2):
+        assert graph.extension(index) is None
+        graph.save(index, tmp_path / str(turn))
+        index = graph.load(tmp_path / str(turn))
+    np.testing.assert_array_equal(graph.search(index, None, vectors[:5], 1, effort=32)[1].ravel(), np.arange(5))
+
+
 def test_float16_vectors_stay_as_they_are(tmp_path: Path) -> None:
     vectors = clustered(3000, 16, "l2", clusters=20).astype(np.float16)
     vectors[7, 3] = 6e-8  # the smallest that float16 has

@@ -179,6 +179,19 @@ def test_one_more_waits_while_rows_are_added_and_two_do_not(
     assert sorted(sealed(store)) == [(128, 128), (192, 192)]
 
 
+def test_a_few_rows_added_to_many_do_not_say_how_long_a_row_takes(backend: Backend) -> None:
+    store = Store(backend, DIM, "cosine", StoreSettings(seal_rows=4096), index=IndexSpec("graph"), ids="integer")
+    put(store, *upserts(0, 4096))
+    assert store.maintain()
+    before = store._maintenance._seconds_per_row
+    put(store, *upserts(4096, 4196))
+    assert store.maintain(settle=True)
+    assert store._maintenance._seconds_per_row == before
+    put(store, *upserts(4196, 4396))
+    assert store.maintain(settle=True)
+    assert store._maintenance._seconds_per_row != before
+
+
 def test_nothing_blinks_while_rows_are_added(store: Store) -> None:
     put(store, *upserts(0, 64))
     offsets = {n: n for n in range(64)}

@@ -55,6 +55,11 @@ def test_what_waits_is_added_to_the_smallest_segment_that_can_take_it_in() -> No
     assert plan([able(995), *frozen(90)], POLICY) == [1], "they would be too many"
     assert plan([able(100), *frozen(10)], POLICY, 1099) == [1], "there is no room for both"
     assert plan([able(100), *frozen(10, 20)], POLICY, 1150) == [0, 1]
+    assert plan([able(100), *frozen(10)], POLICY, None, 1099) == [1], "it could not be rewritten when room is short"
+    assert plan([able(100), *frozen(10)], POLICY, 5000, 1100) == [0, 1]
+    dead = SegmentSize(100, 80, job_bytes=800, copy_bytes=1000, extends=True)
+    assert plan([dead, *frozen(10)], POLICY, 1099) == [1], "the dead rows are copied, too"
+    assert plan([dead, *frozen(10)], POLICY, 1100) == [0, 1]
     never = MergePolicy(fan_in=3, tier=4.0, floor_rows=1, max_rows=1000, absorb=0)
     assert plan([able(100), *frozen(10)], never) == [1]
 
