@@ -89,4 +89,7 @@ class Comparing(Holding):
 
     async def on_drop_strays(self, collection: str, epoch: int, ids: Sequence[Any]) -> dict[str, Any]:
         """Let go of rows of `ids` that this copy answers with and does not know of; answers how many those were."""
-        return {"dropped": await self.read(self._at(collection, epoch).store.drop_strays, ids)}
+        replica = self._at(collection, epoch)
+        dropped = await self.read(replica.store.drop_strays, ids)
+        replica.moments.clear()  # they show them still
+        return {"dropped": dropped}

@@ -13,12 +13,15 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from headrace.cluster.departed import Departed
+from headrace.cluster.going_on import goes_on
+from headrace.cluster.moments import Moments
 from headrace.cluster.state import CollectionState
 from headrace.gpu.backend import Backend
 from headrace.gpu.budget import Budget
 from headrace.gpu.errors import ClusterError, CollectionNotFound, ConsistencyTimeout, HeadraceError, StoreFull
 from headrace.gpu.rows import Batch
-from headrace.gpu.store import Applied, Store, StoreSettings
+from headrace.gpu.store import Applied, Store, StoreSettings, View
 from headrace.streams.watermark import Watermark
 
 __all__ = ["Replica"]
@@ -51,15 +54,18 @@ class Replica:
         self._waiters: list[tuple[Mapping[int, int], asyncio.Future[None]]] = []
         self._fence = 0
         self._remembering_until = float("-inf")
+        self.moments = Moments()
         self._begin(state)
 
     def _begin(self, state: CollectionState) -> None:
         self.state = state
+        self.moments.clear()
         self._incarnation = uuid.uuid4().hex[:12]
         self.store = self._empty_store()
+        self.departed = Departed(state.spec.metric)
         self._watermarks: dict[int, Watermark] = {}
         self._read_from_origins(state)
-        self._fence = max(self._fence, state.epoch)
+        self._readable_from = self._fence = max(self._fence, state.epoch)
         self._filling = self._is_filled(state)
 
     def _empty_store(self) -> Store:
@@ -89,8 +95,16 @@ class Replica:
 
     @property
     def fence(self) -> int:
-        """The newest epoch seen; a message of an older one is refused."""
+        """The newest epoch seen; a write of an older one is refused."""
         return self._fence
+
+    @property
+    def readable_from(self) -> int:
+        """The oldest epoch by which this copy may be read (`goes_on`); a read of an older one is refused.
+
+        Where a record has come of an epoch whose state has not, nobody knows yet what that takes away from here.
+        """
+        return self._fence if self._fence > self.state.epoch else self._readable_from
 
     def adopt(self, state: CollectionState, base: Mapping[int, int] | None = None) -> None:
         """Take over a newer state; `base` are offsets below which peers have filled this worker completely."""
@@ -101,7 +115,10 @@ class Replica:
             self.store.close()
             self._begin(state)
             return
+        if not goes_on(self.state, state, self.address):
+            self._readable_from = state.epoch
         self.state = state
+        self.moments.clear()  # a copy that is complete now was not then
         self._filling = self._is_filled(state)
         self._fence = max(self._fence, state.epoch)
         self._read_from_origins(state)
@@ -148,18 +165,32 @@ class Replica:
             applied = Applied(0, 0, 0, ())
         else:
             gaps = self._filling or any(low > marks[partition].value for partition, (low, _) in ranges.items())
+            before = self.store.view
             try:
                 applied = self.store.apply(batch, stamp, gaps=gaps)
             except StoreFull:
                 self._forget(stable, epoch)  # perhaps it is remembered deletions that take the room
                 raise
+            if (now := self.store.view.moved) is not before.moved:
+                self.departed.note(batch, applied.left, before.moved, now, before.stamp)
         # Not before: should the store refuse the batch, its offsets have not been applied.
         for partition, span in ranges.items():
             marks[partition].add(*span)
+        if epoch > self._fence or (batch is not None and batch.instead is not None):
+            self.moments.clear()  # it is another placement's, or was wrong
         self._fence = epoch
+        self.moments.note(self.store.view)
         self._forget(stable, epoch)
         self._wake()
         return applied
+
+    def moment(self, epoch: int, cut: Mapping[int, int], required: Mapping[int, int]) -> View | None:
+        """What a read of `epoch` was to be answered before any record at or above `cut` had taken a row away from here,
+        but with `required` applied; None if that is not known any more.
+
+        Only a moment since this worker heard of that epoch: a copy that it reads may have been incomplete before.
+        """
+        return self.moments.before(cut, required) if epoch <= self.state.epoch else None
 
     def _forget(self, stable: Mapping[int, int], epoch: int) -> None:
         # A sender with a newer state than ours may already be moving rows.
@@ -212,6 +243,7 @@ class Replica:
                 waiter.set_exception(gone)
         # Reads that are under way end with the rows they see; who still knows this replica keeps no rows by it.
         self._fence = sys.maxsize
+        self.moments.clear()
         self.store.close()
         self.store = self._empty_store()
 

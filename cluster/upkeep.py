@@ -46,6 +46,8 @@ class Upkeep(Holding):
         while True:
             await asyncio.sleep(_TIDY)
             for name in list(self.replicas):
+                self.replicas[name].moments.tidy()
+                self.replicas[name].departed.tidy()
                 self.maintain(self.replicas[name])  # no name of its own would keep the last one until the next comes
 
     def maintain(self, replica: Replica) -> None:
@@ -66,6 +68,7 @@ class Upkeep(Holding):
             if error:
                 log.error("collection %r: building an index failed", name, exc_info=error)
             elif self.replicas.get(name) is replica:
+                replica.moments.clear()  # they keep the segments that were merged
                 self.maintain(replica)
 
         done.add_done_callback(finished)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cluster.departed import Departed, highest
 from headrace.cluster.holding import Holding
 from headrace.cluster.replica import Replica
 from headrace.cluster.scans import Scans
@@ -34,7 +35,9 @@ class Reading(Holding):
     """The part of `WorkerNode` that answers reads.
 
     Each read names the epoch and the incarnation that its reader goes by, the offsets that must have been applied, and
-    the seconds that it waits for them.
+    the seconds that it waits for them. Searches and counts may name a `cut` as well, offsets that other workers have
+    applied: then the answer is of the last moment before a record behind them took a row away from here, where such a
+    moment is still kept.
     """
 
     calls: tuple[str, ...] = ("search", "get", "count", "wait", "scan")
@@ -69,7 +72,7 @@ class Reading(Holding):
 
         Not only by a newer state: a record that was routed by one takes rows away before this worker has heard of it.
         """
-        if epoch < replica.fence:
+        if epoch < replica.readable_from:
             name = replica.state.spec.name
             raise StaleEpoch(f"{self.address} is at epoch {replica.fence} of {name!r}, the read at {epoch}")
 
@@ -84,21 +87,28 @@ class Reading(Holding):
         where: Mapping[str, Any] | None = None,
         recall_target: float | None = None,
         incarnation: int = 0,
+        cut: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Any]:
         """The nearest rows for each query, their scores, and the moment (`View`) that they are of."""
         replica = await self._caught_up(collection, epoch, incarnation, required, deadline_s)
         store = replica.store
         # The client has read the filter by the newest schema and sends the kinds along: this worker's may be older.
         wanted = None if where is None else Filter.from_wire(where)
-        sought = _Sought(store, limit, wanted, recall_target)
-        answers = await self._gatherer.search(sought, floats_from_wire(queries))
+        sought = _Sought(store, replica.departed, limit, wanted, recall_target)
+        before = _moment(replica, epoch, cut, required)
+        if before is None:
+            answers = await self._gatherer.search(sought, floats_from_wire(queries))
+        else:  # hardly two go back to the same one
+            answers = await self._searched(replace(sought, view=before), floats_from_wire(queries))
         self._check_epoch(replica, epoch)  # while the search waited its turn, rows may have gone that others hold now
-        moment: _Answer | View = answers[0] if answers else store.view
+        moment: _Answer | View = answers[0] if answers else before or store.view
         return {
             "rows": [answer.rows for answer in answers],
             "scores": [answer.scores for answer in answers],
             "applied": offsets_to_wire(moment.stamp),
             "moved": _moved(replica, moment.moved),
+            "near": _moved(replica, highest(*(answer.near for answer in answers))),
+            "epoch": replica.state.epoch,
         }
 
     async def _searched(self, sought: _Sought, queries: npt.NDArray[np.float32]) -> list[_Answer]:
@@ -122,6 +132,7 @@ class Reading(Holding):
             "rows": rows_to_wire(rows),
             "applied": offsets_to_wire(view.stamp),
             "moved": _moved(replica, view.moved),
+            "epoch": replica.state.epoch,
         }
 
     async def on_count(
@@ -132,6 +143,7 @@ class Reading(Holding):
         deadline_s: float,
         where: Mapping[str, Any] | None = None,
         incarnation: int = 0,
+        cut: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Any]:
         """Rows by cell, and the moment.
 
@@ -140,12 +152,13 @@ class Reading(Holding):
         """
         replica = await self._caught_up(collection, epoch, incarnation, required, deadline_s)
         store, state = replica.store, replica.state
+        before = _moment(replica, epoch, cut, required)
         ids = state.previous is not None and store.view.rows <= _MOST_HASHES
         if where is None and not ids:
-            sizes, hashes, view = store.counted()
+            sizes, hashes, view = store.counted(view=before)
         else:
             wanted = None if where is None else Filter.from_wire(where)
-            sizes, hashes, view = await self.read(partial(store.counted, ids=ids), wanted)
+            sizes, hashes, view = await self.read(partial(store.counted, ids=ids, view=before), wanted)
             self._check_epoch(replica, epoch)  # rows may have gone meanwhile that others hold now
         return {
             # Rows in other cells are about to be dropped.
@@ -153,6 +166,7 @@ class Reading(Holding):
             "ids": None if hashes is None else hashes.astype("<u8").tobytes(),
             "applied": offsets_to_wire(view.stamp),
             "moved": _moved(replica, view.moved),
+            "epoch": replica.state.epoch,
         }
 
     async def on_wait(self, collection: str, required: Sequence[Sequence[int]], deadline_s: float) -> dict[str, Any]:
@@ -179,12 +193,13 @@ class Reading(Holding):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What one query is answered: rows and scores as they are sent, and the moment (`View`)."""
+    """What one query is answered: rows and scores as they are sent, the moment (`View`), and `Departed.near`."""
 
     rows: list[Any]
     scores: list[float]
     stamp: Mapping[int, int]
     moved: Mapping[int, int]
+    near: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +207,27 @@ class _Sought:
     """What searches must have in common to be one."""
 
     store: Store
+    departed: Departed
     limit: int
     where: Filter | None
     recall_target: float | None
+    view: View | None = field(default=None, compare=False)
 
     def search(self, queries: npt.NDArray[np.float32]) -> list[_Answer]:
-        found = self.store.search(queries, self.limit, where=self.where, recall_target=self.recall_target)
+        found = self.store.search(
+            queries, self.limit, where=self.where, recall_target=self.recall_target, view=self.view
+        )
+        near = self.departed.near(found.moved, queries, found.scores, self.limit, found.rows)
         return [
-            _Answer(rows_to_wire(rows), scores, found.stamp, found.moved)
-            for rows, scores in zip(found.rows, found.scores, strict=True)
+            _Answer(rows_to_wire(rows), scores, found.stamp, found.moved, close)
+            for rows, scores, close in zip(found.rows, found.scores, near, strict=True)
         ]
+
+
+def _moment(
+    replica: Replica, epoch: int, cut: Sequence[Sequence[int]] | None, required: Sequence[Sequence[int]]
+) -> View | None:
+    return None if cut is None else replica.moment(epoch, offsets_from_wire(cut), offsets_from_wire(required))
 
 
 def _moved(replica: Replica, moved: Mapping[int, int]) -> list[list[int]]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from headrace.gpu.versions import Versions
 
-__all__ = ["DELETED", "Action", "Applied", "Batch", "Found", "Id", "StoredRow"]
+__all__ = ["DELETED", "Action", "Applied", "Batch", "Found", "Id", "Left", "StoredRow"]
 
 Id = str | int
 """The user's own key."""
@@ -83,12 +83,31 @@ class Applied:
         Records decided by timestamp, because their id was known from another topic partition.
     missing : tuple of int
         Positions in the batch of the rows to send again with their vectors.
+    left : tuple of Left, optional
+        Rows that live elsewhere now, by segment; None where some may have gone of which nothing is known.
     """
 
     inserted: int
     removed: int
     foreign: int
     missing: tuple[int, ...]
+    left: tuple[Left, ...] | None = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Rows that a batch took away to other workers.
+
+    Attributes
+    ----------
+    rows : int64 (n,)
+        Positions in the batch.
+    vectors : float32 (n, dim)
+        As they were here, on the backend's device.
+    """
+
+    rows: npt.NDArray[np.int64]
+    vectors: Any
 
 
 class StoredRow(NamedTuple):

@@ -32,13 +32,13 @@ from headrace.gpu.maintenance import Maintenance, seal_rows_that_fit
 from headrace.gpu.marks import Marks
 from headrace.gpu.packed_text import chunks
 from headrace.gpu.places import by_segment, rows_of
-from headrace.gpu.rows import DELETED, Action, Applied, Batch, Found, Id, StoredRow
+from headrace.gpu.rows import DELETED, Action, Applied, Batch, Found, Id, Left, StoredRow
 from headrace.gpu.segments import Growing, Sealed, View
 from headrace.gpu.store_settings import StoreSettings
 from headrace.gpu.strays import drop_strays
 from headrace.gpu.table import Table
 
-__all__ = ["Applied", "Found", "Store", "StoreSettings", "StoredRow", "View"]
+__all__ = ["Applied", "Found", "Left", "Store", "StoreSettings", "StoredRow", "View"]
 
 _DROP, _HOLD = int(Action.DROP), int(Action.HOLD)
 _PAUSE = 0.001  # a lock that is taken again at once is seldom had by those who wait for it
@@ -151,6 +151,7 @@ class Store:
             twice = next(id_ for id_, times in Counter(batch.ids).items() if times > 1)
             raise RecordError(f"the id {repr(twice)[:60]} is in one batch twice: keep its last record only")
         table = self._table
+        left: tuple[Left, ...] | None = ()
         with table.lock:
             entries, places, known = table.known(hashes, batch.ids)
             if batch.instead is not None:  # in a damaged store a dead row may still be known
@@ -161,12 +162,16 @@ class Store:
             decision, refused = self._admission.admit(batch, decision)
             # A batch that is tried again and again must not look like writing: a store that rests tidies up.
             if refused is None or len(decision.kill) or len(decision.remember) or len(decision.relabel):
+                at = self._moved_by(batch, None if gaps else decision.kill)
+                left = None if gaps else self._left(at, places[at])
                 table.carry_out(decision, batch, hashes, entries, places)
-                self._note_moved(batch, None if gaps else decision.kill)
+                if len(at):
+                    table.note_moved(batch.topic_partitions[at], batch.offsets[at])
                 table.publish(stamp if refused is None else None)
         if refused is not None:
             raise refused
-        return Applied(len(decision.insert), len(decision.kill), decision.foreign, tuple(decision.missing.tolist()))
+        missing = tuple(decision.missing.tolist())
+        return Applied(len(decision.insert), len(decision.kill), decision.foreign, missing, left)
 
     def note_moved(self, below: Mapping[int, int]) -> None:
         """Any record below these offsets may have taken a row away from here (`View.moved`).
@@ -179,14 +184,19 @@ class Store:
                 self._table.note_moved(np.array(list(below)), np.array(list(below.values())) - 1)
                 self._table.publish()
 
-    def _note_moved(self, batch: Batch, killed: npt.NDArray[np.int64] | None) -> None:
+    def _moved_by(self, batch: Batch, killed: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
         """Of the batch's rows, or of those that `killed` one here, the ones whose ids live elsewhere now."""
         if killed is not None and not len(killed):
-            return
+            return killed
         away = (batch.actions == _DROP) & (batch.cells != DELETED)
-        at = np.flatnonzero(away) if killed is None else killed[away[killed]]
-        if len(at):
-            self._table.note_moved(batch.topic_partitions[at], batch.offsets[at])
+        return np.flatnonzero(away) if killed is None else killed[away[killed]]
+
+    def _left(self, at: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> tuple[Left, ...]:
+        parts = self._table.parts
+        return tuple(
+            Left(at[positions], parts[serial].segment.vectors_of(rows_of(places[positions])))
+            for serial, positions in by_segment(places)
+        )
 
     def _check(self, batch: Batch) -> None:
         held = int(np.count_nonzero(batch.actions == _HOLD))
@@ -298,6 +308,7 @@ class Store:
         where: Filter | None = None,
         cells: frozenset[int] | None = None,
         recall_target: float | None = None,
+        view: View | None = None,
     ) -> Found:
         """The `k` nearest live rows for each query over all segments of one view.
 
@@ -314,6 +325,8 @@ class Store:
             what it saves.
         recall_target : float, optional
             By default the index's own. A segment that was not seen to reach it is searched exactly.
+        view : View, optional
+            A moment of this store that the caller has kept; by default the current one.
 
         Raises
         ------
@@ -331,7 +344,7 @@ class Store:
         if np.ndim(queries) != 2 or np.shape(queries)[1] != self.dim:
             raise ValueError(f"queries have shape {np.shape(queries)}: give (q, {self.dim}), one row for each")
         self._asked.note(queries)
-        return reading.search(self.view, self.backend, self.metric, queries, k, target, where, cells)
+        return reading.search(view or self.view, self.backend, self.metric, queries, k, target, where, cells)
 
     def get(self, ids: Sequence[Id], *, vectors: bool = False) -> tuple[list[StoredRow | None], View]:
         """Rows by id, None where an id is not here; and the view of the moment they were read."""
@@ -376,10 +389,12 @@ class Store:
         return reading.cell_sizes(self.view, self.backend, where)
 
     def counted(
-        self, where: Filter | None = None, *, ids: bool = False
+        self, where: Filter | None = None, *, ids: bool = False, view: View | None = None
     ) -> tuple[dict[int, int], npt.NDArray[np.uint64] | None, View]:
-        """`cell_sizes`, with `ids` the hashes of the rows' ids too, and the view that both are of."""
-        view = self.view
+        """`cell_sizes`, with `ids` the hashes of the rows' ids too, and the view that both are of: by default the
+        current one.
+        """
+        view = view or self.view
         sizes = reading.cell_sizes(view, self.backend, where)
         return sizes, reading.id_hashes(view, self.backend, where) if ids else None, view
 

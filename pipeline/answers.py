@@ -12,10 +12,11 @@ import numpy as np
 
 from headrace.cluster.wire import offsets_from_wire, rows_from_wire
 from headrace.gpu.store import StoredRow
+from headrace.pipeline.cuts import left_behind
 from headrace.pipeline.queries import best
 from headrace.pipeline.results import Hits, Row, Rows
 
-__all__ = ["hits_of", "row_of", "rows_of", "size_of"]
+__all__ = ["all_found", "hits_of", "nothing_near", "row_of", "rows_of", "size_of"]
 
 Answers = Sequence[Mapping[str, Any]]
 
@@ -26,6 +27,25 @@ def hits_of(answers: Answers, queries: int, limit: int, metric: str) -> list[Hit
     return [
         Hits(best([(a["rows"][at], a["scores"][at]) for a in answers], limit, metric), applied) for at in range(queries)
     ]
+
+
+def nothing_near(answers: Answers) -> bool:
+    """Whether no row that was on its way between the workers belongs into the hits.
+
+    A worker has left out of ``near`` what is worse than all it found: of no use only as long as all that counts, so
+    none of it may be an older version of what another one found.
+    """
+    versions: dict[Any, tuple[int, int]] = {}
+    for answer in answers:
+        for row in (row for rows in answer["rows"] for row in rows):
+            if versions.setdefault(row[0], (row[1], row[2])) != (row[1], row[2]):
+                return False
+    return not left_behind([(offsets_from_wire(a["applied"]), offsets_from_wire(a["near"])) for a in answers])
+
+
+def all_found(answers: Answers) -> bool:
+    """Whether there is a row for each id that was asked for."""
+    return all(any(copies) for copies in zip(*(answer["rows"] for answer in answers), strict=True))
 
 
 def rows_of(answers: Answers) -> Rows:

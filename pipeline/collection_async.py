@@ -22,7 +22,7 @@ from headrace.cluster.state import CollectionSpec
 from headrace.cluster.wire import floats_from_wire, floats_to_wire, rows_from_wire
 from headrace.gpu.errors import ClusterError, ConfigError, ConsistencyTimeout, HeadraceError, SnapshotError
 from headrace.pipeline import config, snapshot_client
-from headrace.pipeline.answers import hits_of, row_of, rows_of, size_of
+from headrace.pipeline.answers import all_found, hits_of, nothing_near, row_of, rows_of, size_of
 from headrace.pipeline.arguments import check_ids, seconds, share
 from headrace.pipeline.attaching import described, until_read
 from headrace.pipeline.clocks import ahead
@@ -103,6 +103,7 @@ class AsyncCollection:
             where=where and where.to_wire(),
             recall_target=recall_target,
             waits=consistency != "eventual",
+            complete=nothing_near,
         )
         hits = hits_of(answers, len(vectors), limit, self.spec.metric)
         self._session.saw(self._router.topic_id, session, answers, chain.from_iterable(hits))
@@ -131,7 +132,9 @@ class AsyncCollection:
         required = await self._router.required(consistency, session, deadline)
         left = max(0.001, until - time.monotonic())
         waits = consistency != "eventual"
-        answers = await self._router.ask_cover("get", left, required, ids=wanted, vectors=vectors, waits=waits)
+        answers = await self._router.ask_cover(
+            "get", left, required, ids=wanted, vectors=vectors, waits=waits, complete=all_found
+        )
         rows = rows_of(answers)
         self._session.saw(self._router.topic_id, session, answers, rows)
         return rows

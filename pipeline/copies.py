@@ -21,6 +21,7 @@ Ask = Callable[[str], Awaitable[dict[str, Any]]]
 """Asks one worker, by its address."""
 
 _AVOID = 1.0
+_SILENT = 0.05
 
 
 class Copies:
@@ -37,6 +38,8 @@ class Copies:
         self._avoid: dict[str, float] = {}
         self._paces: dict[str, Pace] = {}
         self._heard: dict[str, float] = {}
+        self._unheard: dict[str, float] = {}
+        """When a worker was first asked since it was heard last; minus infinity where it could not be reached."""
         self._turn = 0
         self._any_turn = 0
 
@@ -46,9 +49,9 @@ class Copies:
         Those that only read the topic are left alone: what they are asked, such as to encode a query, holds it up.
         A count of turns of its own: a search asks twice, and parity would tie each kind of question to one worker.
         """
-        avoided = self._avoided()
         active = may_hold(state.active, state.roles)
-        workers = [worker for worker in active if worker not in avoided] or active
+        kept = ([worker for worker in active if worker not in avoided] for avoided in self._avoided())
+        workers = next(filter(None, kept), active)
         self._any_turn += 1
         turn = self._any_turn % max(1, len(workers))
         return [*workers[turn:], *workers[:turn]]
@@ -72,14 +75,18 @@ class Copies:
         HeadraceError
             Whatever it answered.
         """
+        self._unheard.setdefault(worker, time.monotonic())
         try:
             answer = await self._call(worker, op, deadline=max(0.001, until - time.monotonic()), **message)
             self._heard[worker] = time.monotonic()
+            self._unheard.pop(worker, None)
             return answer
         except StaleEpoch:
+            self._unheard.pop(worker, None)
             raise
         except ClusterError:
             self._avoid[worker] = time.monotonic() + _AVOID
+            self._unheard[worker] = float("-inf")
             raise
 
     async def ask_first(self, op: str, workers: Sequence[str], ask: Ask) -> dict[str, Any]:
@@ -119,15 +126,19 @@ class Copies:
         return answer
 
     def _cover(self, state: CollectionState, cells: Iterable[int], without: frozenset[str]) -> list[str]:
-        # One that was slow a moment ago is better than nobody.
-        return cover(cells, state.serving, avoid=self._avoided() | without, turn=self._turn) or cover(
-            cells, state.serving, avoid=without, turn=self._turn
-        )
+        kept = (cover(cells, state.serving, avoid=some | without, turn=self._turn) for some in self._avoided())
+        return next(filter(None, kept), [])
 
-    def _avoided(self) -> frozenset[str]:
+    def _avoided(self) -> tuple[frozenset[str], ...]:
+        """Whom to leave alone, as far as that can be: who was slow or silent a moment ago; who is silent; nobody.
+
+        When a worker dies the one that is left was often slow just before, or is now that it answers for both. A slow
+        one is better than one that says nothing: to connect to an address where nobody listens takes a second to fail.
+        """
         now = time.monotonic()
         self._avoid = {worker: until for worker, until in self._avoid.items() if until > now}
-        return frozenset(self._avoid)
+        slow = frozenset(self._avoid)
+        return slow, frozenset(w for w in slow if now - self._unheard.get(w, now) > _SILENT), frozenset()
 
 
 def shares_of(state: CollectionState, workers: Sequence[str]) -> dict[str, list[int]]:

@@ -20,6 +20,7 @@ log = logging.getLogger("headrace.pipeline")
 STATE_AGE = 1.0
 """Seconds after which a state is looked at again."""
 _PAUSE = 0.01
+_FETCH_SECONDS = 5.0
 
 
 class KnownState:
@@ -43,6 +44,7 @@ class KnownState:
         self._away = False
         self._probing: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None
         self._gone: CollectionNotFound | None = None
 
     async def get(self, *, newest: bool = False, deadline: float = 5.0) -> CollectionState:
@@ -63,16 +65,26 @@ class KnownState:
         """The collection's state as far as it is known here: whoever reads waits for no scheduler.
 
         What is older than a second is looked at meanwhile, by one call for all. An older state does no harm: a worker
-        that knows a newer one refuses the read, and then the newest is fetched.
+        that knows a newer one says so, and refuses the read where it lacks what an older one promises; then the newest
+        is fetched.
         """
         if self._gone is not None:
             gone, self._gone = self._gone, None
             raise gone
         if self._state is None or self._state_at == float("-inf"):
             return await self.get()
-        if self._looking is None and time.monotonic() - self._state_at > STATE_AGE:
-            self._looking = asyncio.ensure_future(self._look())
+        if time.monotonic() - self._state_at > STATE_AGE:
+            self._look_soon()
         return self._state
+
+    def heard_of(self, epoch: int) -> None:
+        """A worker goes by this epoch: a newer one than is known here is looked at meanwhile."""
+        if self._state is not None and epoch > self._state.epoch:
+            self._look_soon()
+
+    def _look_soon(self) -> None:
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(self._look())
 
     @property
     def epoch(self) -> int:
@@ -91,20 +103,35 @@ class KnownState:
 
     def close(self) -> None:
         """Ask for nothing any more."""
-        for task in (self._looking, self._probing):
+        for task in (self._looking, self._probing, self._fetching):
             if task is not None:
                 task.cancel()
 
-    async def look_again(self, until: float) -> None:
-        """Something did not answer: have the newest state after a moment, unless it is past `until` (monotonic)."""
-        await asyncio.sleep(_PAUSE)
+    async def look_again(self, until: float, *, at_once: bool = False) -> None:
+        """Something did not answer: have the newest state after a moment, unless it is past `until` (monotonic).
+
+        `at_once` is for whoever has been told that there is a newer one.
+        """
+        if not at_once:
+            await asyncio.sleep(_PAUSE)
         if time.monotonic() < until:
-            try:
-                await self.get(newest=True, deadline=max(0.05, until - time.monotonic()))
-            except ClusterError:
-                if self._state is None:
-                    raise
-                # The scheduler is away: the copies that were known may still answer.
+            await self.renew(until)
+
+    async def renew(self, until: float) -> None:
+        """Ask for the newest state, until a moment (monotonic); where nobody tells, what was known is all there is.
+
+        All that ask at the same time share one call: when a placement changes, every read that is under way would ask
+        the scheduler, just when it has most to do.
+        """
+        if self._fetching is None or self._fetching.done():
+            self._fetching = asyncio.ensure_future(self._fetch(_FETCH_SECONDS))
+            self._fetching.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task = self._fetching
+        await asyncio.wait({task}, timeout=max(0.05, until - time.monotonic()))
+        error = task.exception() if task.done() and not task.cancelled() else None
+        # Where the scheduler is away, the copies that were known may still answer.
+        if error is not None and (self._state is None or not isinstance(error, ClusterError)):
+            raise error
 
     async def _fetch(self, deadline: float) -> None:
         asked = {"collection": self.name, "epoch": self.epoch}
@@ -155,7 +182,7 @@ class KnownState:
 
     async def _look(self) -> None:
         try:
-            await self._fetch(5.0)
+            await self._fetch(_FETCH_SECONDS)
         except CollectionNotFound as error:
             self._gone = error  # the next read says so
         except HeadraceError as error:

@@ -53,6 +53,7 @@ class Sender:
         self._router = Router(replica.state.codebook, node.backend)
         self._under_way: dict[int, int] = {}
         self._ended = asyncio.Condition()
+        self._waiting: dict[str, set[asyncio.Timeout]] = {}
         self.full: set[str] = set()
         """Workers that have no room for the record that comes next."""
         self.foreign = 0
@@ -110,7 +111,14 @@ class Sender:
                 pause = min(2 * pause, self._settings.retry_delay_max)
 
     async def drained(self, epoch: int) -> None:
-        """Return when nothing that was sent under an older epoch is under way."""
+        """Return when nothing that was sent under an older epoch is under way.
+
+        Who has left the placement is not waited for: the reason may be that it is dead, and to connect to where nobody
+        listens any more takes a second to fail.
+        """
+        for worker in self._waiting.keys() - self._replica.state.members.keys():
+            for waiting in self._waiting[worker]:
+                waiting.reschedule(asyncio.get_running_loop().time())
         async with self._ended:
             await self._ended.wait_for(lambda: not any(count for old, count in self._under_way.items() if old < epoch))
 
@@ -134,7 +142,7 @@ class Sender:
         self._under_way[state.epoch] = self._under_way.get(state.epoch, 0) + 1
         try:
             return await fan_out(
-                self._node.call,
+                self._ask,
                 state,
                 {worker: part_for(part, worker, state) for worker in state.members},
                 me=self._node.address,
@@ -151,6 +159,21 @@ class Sender:
                 del self._under_way[state.epoch]
             async with self._ended:
                 self._ended.notify_all()
+
+    async def _ask(self, worker: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        """As `Node.call`, until the worker leaves the placement."""
+        asked = self._waiting.setdefault(worker, set())
+        try:
+            async with asyncio.timeout(None) as waiting:
+                asked.add(waiting)
+                try:
+                    return await self._node.call(worker, op, deadline=deadline, **message)
+                finally:
+                    asked.discard(waiting)
+                    if not asked:
+                        self._waiting.pop(worker, None)
+        except TimeoutError as error:
+            raise ClusterError(f"{worker} left the placement before it answered '{op}'") from error
 
     async def _give_up(self, batch: MicroBatch, at: int, outcome: Mapping[str, Outcome]) -> None:
         assert batch.decoded is not None
@@ -172,6 +195,9 @@ class Sender:
 
     async def _newer_state(self, state: CollectionState, outcome: Mapping[str, Outcome]) -> None:
         """Report who did not answer, and have the state that comes of it."""
+        silent = {worker for worker, answer in outcome.items() if isinstance(answer, ClusterError)}
+        if silent and self._replica.state.epoch > state.epoch and not silent & self._replica.state.members.keys():
+            return  # it is here already
         name = state.spec.name
         for worker, answer in outcome.items():
             if isinstance(answer, ClusterError):

@@ -17,6 +17,8 @@ from headrace.pipeline.known_state import KnownState
 
 __all__ = ["GRACE", "wait_everywhere"]
 
+_SOON = 0.1
+
 GRACE = 0.5
 """Seconds beyond a read's deadline that an answer may be under way: a worker that waits keeps the deadline itself, and
 says what was missing."""
@@ -40,7 +42,7 @@ async def wait_everywhere(known: KnownState, copies: Copies, required: Mapping[i
             _check_readable(state)
             left = max(0.001, until - time.monotonic())
             ask = copies.asking("wait", until + GRACE, collection=known.name, required=wanted, deadline_s=left)
-            answered = await _all_that_count(known, {w: asyncio.ensure_future(ask(w)) for w in state.active})
+            answered = await _all_that_count(known, {w: asyncio.ensure_future(ask(w)) for w in state.active}, until)
             # A copy that has begun to be read meanwhile has to have them too.
             after = await known.get(newest=True, deadline=max(0.05, until - time.monotonic()))
             _check_readable(after)
@@ -58,17 +60,26 @@ def _check_readable(state: CollectionState) -> None:
         raise ClusterError(f"some cells of collection {state.spec.name!r} have no copy that can be read")
 
 
-async def _all_that_count(known: KnownState, asked: dict[str, asyncio.Future[dict[str, Any]]]) -> set[str]:
-    """Return when all have answered but those that are read no longer: one that hangs never would; and who did."""
-    answered = set()
+async def _all_that_count(
+    known: KnownState, asked: dict[str, asyncio.Future[dict[str, Any]]], until: float
+) -> set[str]:
+    """Return when all have answered but those that are read no longer: one that hangs never would; and who did.
+
+    The state is looked at soon, and then less and less often: a worker that has died answers nothing for as long as
+    connecting to it is tried.
+    """
+    answered, patience = set(), min(_SOON, known_state.STATE_AGE)
     try:
         while asked:
-            await asyncio.wait(asked.values(), timeout=known_state.STATE_AGE, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(asked.values(), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             for worker in [worker for worker, answer in asked.items() if answer.done()]:
                 asked.pop(worker).result()
                 answered.add(worker)
             if asked:
-                active = (await known.get()).active
+                if not done:
+                    patience = min(2 * patience, known_state.STATE_AGE)
+                    await known.renew(until)
+                active = (await known.known()).active
                 for worker in asked.keys() - set(active):
                     let_go(asked.pop(worker))
     finally:

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from headrace.cluster.going_on import goes_on
 from headrace.cluster.planning import adopt_codebook, attached, membership, moves, rebalanced, settle, topic_found
 from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 
@@ -248,6 +249,8 @@ class PlanMachine(RuleBasedStateMachine):
         self.state = CollectionState(spec=spec, codebook=first_codebook(2))
         self.filled: dict[str, set[int]] = {}
         self.live = set(workers)
+        self.known: list[CollectionState] = []
+        self.readable: dict[str, int] = {}
         self.change(membership(self.state, self.live))
         self.change(attached(self.state, SOURCE))
 
@@ -357,6 +360,27 @@ class PlanMachine(RuleBasedStateMachine):
                 assert not emptied, "a worker that was to be emptied holds something"
             assert state.previous is None
             assert "joining" not in state.members.values()
+
+    @invariant()
+    def a_read_by_an_older_plan_misses_no_row_or_is_refused(self) -> None:
+        old, new = self.known[-1] if self.known else None, self.state
+        if old is not None and new is not old:
+            self.readable = {
+                worker: self.readable[worker] if worker in old.members and goes_on(old, new, worker) else new.epoch
+                for worker in new.members
+            }
+        elif old is None:
+            self.readable = dict.fromkeys(new.members, new.epoch)
+        self.known = [*self.known, new][-12:]
+        for past in self.known:
+            answering = {
+                cell: [w for w in past.serving[cell] if self.readable.get(w, new.epoch + 1) <= past.epoch]
+                for cell in past.cells
+            }
+            if all(answering.values()):
+                assert set(new.cells) <= set(past.cells), "rows are in cells that it does not ask for"
+                for cell in new.cells:
+                    assert set(answering[cell]) <= set(new.serving[cell]), "it reads a copy that is not complete"
 
     @invariant()
     def everything_is_read(self) -> None:

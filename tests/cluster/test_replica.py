@@ -19,6 +19,7 @@ from headrace.gpu.budget import Budget
 from headrace.gpu.errors import ConsistencyTimeout, StoreFull
 from headrace.gpu.rows import DELETED, Action, Batch
 from headrace.gpu.store import Applied, StoreSettings
+from headrace.gpu.versions import Versions
 from tests.gpu.batches import DIM, batch_of
 
 ME, PEER = "tcp://me:1", "tcp://peer:2"
@@ -79,6 +80,43 @@ class TestLettingGo:
         assert send(replica, 101) is None
         assert replica.fence > 10**9
         assert reading.view.rows == 1, "who was reading it does so to the end"
+
+
+class TestMoments:
+    """A read may be answered from a moment ago, but from none before what it goes by was known here."""
+
+    @pytest.fixture
+    def replica(self) -> Replica:
+        replica = replica_of()
+        for offset in (100, 101):
+            send(replica, offset)
+        replica.apply(
+            batch_of([{"id": "r0-100", "offset": 102, "cell": 3, "action": Action.DROP}]), {0: (102, 103)}, {}, 5
+        )
+        return replica
+
+    def test_the_moment_before_a_row_went(self, replica: Replica) -> None:
+        assert replica.store.view.moved == {0: 103}
+        before = replica.moment(5, {0: 102}, {0: 102})
+        assert before is not None
+        assert (before.rows, before.stamp[0]) == (2, 102)
+        assert replica.moment(5, {0: 103}, {}) is replica.store.view
+        assert replica.moment(5, {0: 102}, {0: 103}) is None, "that record must have been applied"
+        assert replica.moment(6, {0: 102}, {}) is None, "what was complete then is not known"
+
+    @pytest.mark.parametrize("what", ["a state", "a record of a newer epoch", "a mended row", "its end"])
+    def test_what_was_before_is_not_shown_after(self, replica: Replica, what: str) -> None:
+        if what == "a state":
+            replica.adopt(state_of(epoch=6))
+        elif what == "a record of a newer epoch":
+            send(replica, 103, epoch=6)
+        elif what == "a mended row":
+            replica.remember(60.0)
+            mended = replace(one("r0-101", 103), instead=Versions.unknown(1))
+            assert replica.apply(mended, {}, {}, 5) is not None
+        else:
+            replica.close()
+        assert replica.moment(5, {0: 102}, {}) is None
 
 
 class TestWatermarks:
@@ -211,6 +249,25 @@ class TestFence:
         replica.adopt(state_of(epoch=11))
         assert replica.fence == 11
         assert send(replica, 101, epoch=10) is None
+
+    def test_reads_of_an_older_epoch_go_on_where_nothing_has_gone(self) -> None:
+        replica = replica_of()
+        replica.adopt(state_of(epoch=6, members={ME: "active"}, copies={0: (ME,)}, serving={0: (ME,)}))
+        assert (replica.fence, replica.readable_from) == (6, 5), "another worker was lost"
+        send(replica, 100, epoch=8)
+        assert replica.readable_from == 8, "nobody knows yet what is in that state"
+        replica.adopt(state_of(epoch=7))
+        assert replica.readable_from == 8
+        replica.adopt(state_of(epoch=8))
+        assert (replica.fence, replica.readable_from) == (8, 5)
+        replica.adopt(state_of(epoch=9, copies={0: (ME, PEER)}, serving={0: (PEER,)}))
+        assert replica.readable_from == 9, "it is not complete any more"
+        replica.adopt(state_of(epoch=10))
+        assert replica.readable_from == 9
+        replica.adopt(state_of(epoch=11, incarnation=1))
+        assert replica.readable_from == 11
+        replica.close()
+        assert replica.readable_from > 10**9
 
     def test_an_older_state_is_not_taken_over(self) -> None:
         replica = replica_of()

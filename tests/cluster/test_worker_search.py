@@ -13,13 +13,14 @@ import pytest
 
 from headrace.cluster import holding
 from headrace.cluster.planning import adopt_codebook, settle
-from headrace.cluster.state import CollectionSpec, CollectionState, first_codebook
+from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
 from headrace.cluster.wire import floats_to_wire, rows_from_wire
 from headrace.cluster.worker import WorkerNode
 from headrace.gpu.errors import ClusterError, FilterError, StaleEpoch
 from headrace.gpu.filters import parse
 from headrace.gpu.ids import hash_ids
 from headrace.gpu.rows import Action
+from headrace.pipeline.answers import size_of
 from tests.gpu.batches import DIM, batch_of, vector_of
 
 STATE = CollectionState(
@@ -112,13 +113,24 @@ async def test_an_answer_of_a_state_that_has_passed_is_not_given(node: Node, mon
     searched = node._searched
 
     async def meanwhile(sought: Any, queries: Any) -> Any:
-        await node.adopt(STATE.with_(epoch=2))
+        await node.adopt(STATE.with_(epoch=2, serving={0: ()}))
         return await searched(sought, queries)
 
     monkeypatch.setattr(node._gatherer, "_search", meanwhile)
     with pytest.raises(StaleEpoch, match="epoch 2"):
         await asked(node, 3)
     assert ids(await asked(node, 3, epoch=2))[0][0] == "r3"
+
+
+async def test_a_read_of_an_older_state_is_answered_where_nothing_has_gone(node: Node) -> None:
+    """When a worker is lost, those that are left refuse nobody: all clients would have to ask for the state first."""
+    await node.adopt(STATE.with_(epoch=2, copies={0: ("w", "new")}, members={"w": "active", "new": "joining"}))
+    answers = [
+        await asked(node, 3),
+        await node.on_get("docs", 1, ["r3"], False, [], 1.0),
+        await node.on_count("docs", 1, [], 1.0),
+    ]
+    assert [answer["epoch"] for answer in answers] == [2, 2, 2], "and is told that there is a newer one"
 
 
 async def test_a_read_that_waited_is_not_answered_from_a_state_that_has_passed(node: Node) -> None:
@@ -182,3 +194,47 @@ async def test_a_read_of_another_incarnation_waits_for_it(node: Node, monkeypatc
     monkeypatch.setattr(holding, "_PAUSE", 0.0)
     with pytest.raises(StaleEpoch, match="has not begun incarnation 2"):
         await node.on_count("docs", 2, [], 5.0, incarnation=2)
+
+
+async def test_a_read_is_answered_from_the_moment_that_it_asks_for(node: Node) -> None:
+    """Another worker has not applied record 20, which takes a row away from here."""
+    replica = node.replicas["docs"]
+    replica.state = replica.state.with_(source=Source("localhost:9092", "docs", 1, "json", {0: 0}))
+    away = batch_of([{"id": "r7", "offset": 20, "cell": 3, "action": Action.DROP}])
+    replica.apply(away, {0: (20, 21)}, {}, 1)
+    query = floats_to_wire(np.stack([vector_of("r7", 7)]))
+    now = await node.on_search("docs", 1, query, 3, [], 1.0)
+    assert "r7" not in ids(now)[0]
+    assert (now["applied"], now["moved"], now["near"]) == ([[0, 21]], [[0, 21]], [[0, 21]])
+    before = await node.on_search("docs", 1, query, 3, [], 1.0, cut=[[0, 20]])
+    assert ids(before)[0][0] == "r7"
+    assert (before["applied"], before["moved"], before["near"]) == ([[0, 20]], [], [])
+    assert (await node.on_search("docs", 1, query, 3, [[0, 21]], 1.0, cut=[[0, 20]]))["applied"] == [[0, 21]]
+    counts = [await node.on_count("docs", 1, [], 1.0, cut=cut) for cut in (None, [[0, 20]])]
+    assert [count["cell_sizes"] for count in counts] == [[[0, 19]], [[0, 20]]]
+    far = -vector_of("r7", 7)[None]
+    assert (await node.on_search("docs", 1, floats_to_wire(far), 3, [], 1.0))["near"] in ([], [[0, 0]])
+
+
+async def test_a_count_by_a_state_in_which_rows_move_is_refused_once_a_worker_knows_that_they_have() -> None:
+    first = replace(STATE, spec=CollectionSpec("docs", DIM, replicas=1), members={"w": "active", "x": "active"})
+    moving = adopt_codebook(first, np.eye(2, DIM, dtype=np.float32))
+    (theirs,) = [cell for cell in moving.codebook.cells if moving.copies[cell] == ("x",)]
+    nodes = {}
+    for name in first.members:
+        nodes[name] = Node("host")
+        await nodes[name].setup(SimpleNamespace(address=name, handlers={}))
+        await nodes[name].adopt(first)
+    rows = [{"id": f"r{n}", "offset": n} for n in range(20)]
+    nodes["w"].replicas["docs"].apply(batch_of(rows), {0: (0, 20)}, {}, 1)
+    for each in nodes.values():
+        await each.adopt(moving)
+    # A row that gets another cell on another worker stays where it was until all have: ids tell that it is one row.
+    moved = [{"id": f"r{n}", "offset": n, "cell": theirs} for n in range(10)]
+    nodes["x"].replicas["docs"].apply(batch_of(moved), {}, {}, moving.epoch)
+    assert size_of([await each.on_count("docs", moving.epoch, [], 1.0) for each in nodes.values()]) == 20
+    await nodes["x"].adopt(settle(moving))
+    with pytest.raises(StaleEpoch):
+        await nodes["x"].on_count("docs", moving.epoch, [], 1.0)
+    for each in nodes.values():
+        await each.teardown(None)

@@ -79,3 +79,48 @@ async def test_who_does_not_want_to_wait_is_answered_all_the_same() -> None:
 async def test_who_waits_is_told_when_the_time_is_over() -> None:
     with pytest.raises(ConsistencyTimeout, match="7 of 8"):
         await Router("docs", Cluster(late=99).call, "scheduler").ask_cover("get", 0.2, {})
+
+
+class Ahead(Cluster):
+    """ "a" has always taken away a row that "b" has not taken in yet, but keeps so many of its last moments."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__(late=0)
+        self.kept = kept
+        self.asked: list[tuple[str, int | None]] = []
+        self.applied = 7
+
+    async def call(self, address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        if op == "describe":
+            return await super().call(address, op, deadline=deadline, **message)
+        cut = offsets_from_wire(message["cut"]).get(0) if "cut" in message else None
+        self.asked.append((address, cut))
+        if needed := offsets_from_wire(message["required"]):  # waited for, "b" is as far
+            return {"applied": offsets_to_wire(needed), "moved": offsets_to_wire(needed), "rows": [], "from": address}
+        self.applied += 2
+        now = self.applied + (10 if address == "a" else 0)
+        at = now if cut is None or cut < now - self.kept else min(now, cut)
+        return {"applied": [[0, at]], "moved": [[0, at]] if address == "a" else [], "rows": [], "from": address}
+
+
+async def test_who_is_ahead_answers_from_the_moment_when_it_was_not() -> None:
+    """Nobody waits: the other one would never be as far."""
+    cluster = Ahead(kept=20)
+    answers = await Router("docs", cluster.call, "scheduler").ask_cover("search", 5.0, {})
+    cut = min(answer["applied"][0][1] for answer in answers)
+    assert sorted(cluster.asked, key=str) == [("a", cut), ("a", None), ("b", None)]
+    assert not left_behind([(dict(answer["applied"]), dict(answer["moved"])) for answer in answers])
+
+
+async def test_where_the_moment_is_kept_no_longer_all_are_asked_again() -> None:
+    cluster = Ahead(kept=0)
+    answers = await Router("docs", cluster.call, "scheduler").ask_cover("search", 5.0, {}, waits=False)
+    assert [worker for worker, cut in cluster.asked[:5] if cut is None].count("b") == 2
+    assert len(answers) == 2
+
+
+async def test_answers_that_lack_nothing_need_not_fit_together() -> None:
+    cluster = Ahead(kept=20)
+    router = Router("docs", cluster.call, "scheduler")
+    await router.ask_cover("search", 5.0, {}, complete=lambda answers: len(answers) == 2)
+    assert sorted(cluster.asked, key=str) == [("a", None), ("b", None)]

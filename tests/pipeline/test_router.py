@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from headrace.cluster.state import CollectionSpec, CollectionState, Source, first_codebook
+from headrace.cluster.state import Codebook, CollectionSpec, CollectionState, Source, first_codebook
 from headrace.gpu.errors import BrokerError, ClusterError, CollectionNotFound, ConsistencyTimeout, StaleEpoch
-from headrace.pipeline import known_state
+from headrace.pipeline import copies as copies_module
+from headrace.pipeline import known_state, waiting
 from headrace.pipeline.node import HeadraceWorker
 from headrace.pipeline.reads import Router
 from headrace.streams.topic_identity import Seen
@@ -30,6 +33,7 @@ class Cluster:
         self.hangs: set[str] = set()
         self.asked: list[tuple[str, str]] = []
         self.dropped = False
+        self.goes_by = self.oldest = 3
 
     @staticmethod
     def of(*workers: str, epoch: int = 3) -> CollectionState:
@@ -48,7 +52,9 @@ class Cluster:
             await asyncio.sleep(min(deadline, FOREVER))
             raise ClusterError(f"{address} did not answer {op!r}")
         if op != "describe":
-            return {"from": address}
+            if message.get("epoch", self.oldest) < self.oldest:
+                raise StaleEpoch(f"{address} is at epoch {self.oldest}")
+            return {"from": address, "epoch": self.goes_by}
         if self.dropped:
             raise CollectionNotFound("there is no collection 'docs'")
         wire = None if message["epoch"] == self.state.epoch else self.state.to_wire()
@@ -115,11 +121,11 @@ async def test_who_waits_for_all_copies_does_not_wait_for_one_that_has_left(
     cluster = Cluster()
     router = cluster.router()
     cluster.hangs.add(A)
-    waiting = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
+    everywhere = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
     await asyncio.sleep(0.1)
-    assert not waiting.done(), "it is a copy that is read"
+    assert not everywhere.done(), "it is a copy that is read"
     cluster.state = cluster.of(B, epoch=4)
-    await asyncio.wait_for(waiting, 2.0)
+    await asyncio.wait_for(everywhere, 2.0)
 
 
 async def test_who_waits_for_all_copies_waits_for_one_where_there_is_none() -> None:
@@ -129,11 +135,11 @@ async def test_who_waits_for_all_copies_waits_for_one_where_there_is_none() -> N
     router = cluster.router()
     with pytest.raises(ConsistencyTimeout, match="no copy that can be read"):
         await router.wait_everywhere({0: 5}, 0.05)
-    waiting = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
+    everywhere = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
     await asyncio.sleep(0.05)
-    assert not waiting.done()
+    assert not everywhere.done()
     cluster.state = cluster.of(B, epoch=4)
-    await asyncio.wait_for(waiting, 20.0)
+    await asyncio.wait_for(everywhere, 20.0)
     assert (B, "wait") in cluster.asked
 
 
@@ -144,11 +150,11 @@ async def test_who_waits_for_all_copies_is_not_content_when_the_last_one_leaves(
     cluster = Cluster()
     router = cluster.router()
     cluster.hangs |= {A, B}
-    waiting = asyncio.ensure_future(router.wait_everywhere({0: 5}, 1.0))
+    everywhere = asyncio.ensure_future(router.wait_everywhere({0: 5}, 1.0))
     await asyncio.sleep(0.05)
     cluster.state = cluster.of(epoch=4)
     with pytest.raises(ConsistencyTimeout, match="no copy that can be read"):
-        await waiting
+        await everywhere
 
 
 @pytest.mark.parametrize("required", [{}, {0: 5}], ids=["none", "some"])
@@ -251,6 +257,95 @@ async def test_a_strong_read_goes_by_a_state_as_new_as_the_ends_that_it_requires
     assert await router.required("strong", {0: 70}, 5.0) == {0: 70}
 
 
+async def test_a_newer_state_that_a_worker_goes_by_is_looked_at_once() -> None:
+    """Whoever is left when a worker dies answers readers that have not heard of it; they must not look for it long."""
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.state = cluster.of(B, epoch=4)
+    cluster.goes_by = 4
+    await asyncio.gather(*(router.ask_cover("get", 5.0, {}) for _ in range(9)))
+    await asyncio.sleep(0.01)
+    assert (await router.known()).active == (B,)
+    await router.ask_cover("get", 5.0, {})
+    await asyncio.sleep(0.01)
+    assert cluster.asked.count(("scheduler", "describe")) == 2, "one look for all of them, and none when it is known"
+    router.close()
+
+
+async def test_reads_that_are_refused_together_ask_for_the_newer_state_once() -> None:
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.state = cluster.of(B, epoch=4)
+    cluster.oldest = 4
+    await asyncio.gather(*(router.ask_cover("get", 5.0, {}) for _ in range(50)))
+    assert cluster.asked.count(("scheduler", "describe")) == 2
+
+
+async def test_a_scheduler_that_knows_less_than_the_workers_is_not_asked_without_a_pause() -> None:
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.oldest = 4
+    with pytest.raises(ConsistencyTimeout, match="at epoch 4"):
+        await router.ask_cover("get", 0.2, {})
+    assert cluster.asked.count(("scheduler", "describe")) < 30
+
+
+async def test_a_worker_that_is_slow_is_asked_before_one_that_is_gone() -> None:
+    """Just before a worker dies the other was often slow once; both would be avoided, and so neither."""
+    cluster = Cluster()
+    router = cluster.router()
+    await router.ask_cover("get", 5.0, {})
+    copies = router._copies
+
+    async def call(address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        if address == A:
+            raise ClusterError(f"{A} cannot be reached")
+        return await cluster.call(address, op, deadline=deadline, **message)
+
+    copies._call = call
+    copies._avoid = {B: time.monotonic() + FOREVER}
+    with pytest.raises(ClusterError, match="cannot be reached"):
+        await copies.ask(A, op="get", until=time.monotonic() + 5.0)
+    copies._avoid[A] = time.monotonic() + FOREVER
+    assert [copies.fewest(cluster.state) for _ in range(4)] == [[B]] * 4
+    assert [copies.in_turn(cluster.state) for _ in range(4)] == [[B]] * 4
+    assert copies.fewest(cluster.of(A)) == [A], "better than nobody"
+    assert copies.in_turn(cluster.of(A)) == [A]
+    copies._call = cluster.call
+    await copies.ask(A, op="get", until=time.monotonic() + 5.0)
+    assert {copies.fewest(cluster.state)[0] for _ in range(4)} == {A, B}, "it has answered since"
+
+
+async def test_a_worker_that_has_been_silent_since_it_was_asked_comes_last_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copies_module, "_SILENT", 0.0)
+    cluster = Cluster()
+    cluster.hangs.add(A)
+    copies = cluster.router()._copies
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(copies.ask(A, op="get", until=time.monotonic() + FOREVER), 0.01)
+    await copies.ask(B, op="get", until=time.monotonic() + FOREVER)
+    copies._avoid = {A: time.monotonic() + FOREVER, B: time.monotonic() + FOREVER}
+    assert [copies.fewest(cluster.state) for _ in range(4)] == [[B]] * 4
+
+
+async def test_who_waits_for_all_copies_soon_hears_that_one_is_lost() -> None:
+    """Long before a state is looked at anyway, or connecting to where nobody is fails."""
+    assert waiting._SOON < known_state.STATE_AGE / 5
+    cluster = Cluster()
+    router = cluster.router()
+    await router.state()
+    cluster.hangs.add(A)
+    everywhere = asyncio.ensure_future(router.wait_everywhere({0: 5}, FOREVER))
+    cluster.state = cluster.of(B, epoch=4)
+    router._known._state_at = time.monotonic() + FOREVER  # it is new enough for ever
+    await asyncio.wait_for(everywhere, 20.0)
+
+
 async def test_all_that_wait_for_a_worker_that_hangs_go_on_with_another() -> None:
     """However many they are, and whatever the other one was like a moment ago."""
     cluster = Cluster()
@@ -289,3 +384,25 @@ async def asked_while_busy() -> int:
     cluster.asked.clear()
     await asyncio.gather(*(router.ask_cover("get", 30.0, {}) for _ in range(200)))
     return len(cluster.asked)
+
+
+async def test_a_worker_that_was_given_up_and_has_heard_of_nothing_is_not_read_beside_one_that_has() -> None:
+    def state(epoch: int, *workers: str) -> CollectionState:
+        serving = {cell: (worker,) for cell, worker in enumerate(workers, 1)}
+        book = Codebook(1, 1, np.zeros((2, 2), np.float32))
+        return replace(Cluster.of(*workers, epoch=epoch), codebook=book, copies=serving, serving=serving)
+
+    third = "tcp://10.0.0.3:4000"
+    one, two = state(1, A, B), state(2, A, third)
+    newest = one
+
+    async def call(address: str, op: str, /, *, deadline: float, **message: Any) -> dict[str, Any]:
+        if op == "describe":
+            return {"state": None if message["epoch"] == newest.epoch else newest.to_wire(), **newest.told()}
+        return {"from": address, "epoch": 1 if address == B else newest.epoch, "applied": [[0, 9]], "moved": []}
+
+    router = Router("docs", call, "scheduler")
+    assert {answer["from"] for answer in await router.ask_cover("search", 5.0, {})} == {A, B}
+    newest = two
+    assert {answer["from"] for answer in await router.ask_cover("search", 5.0, {}, waits=False)} == {A, third}
+    router.close()

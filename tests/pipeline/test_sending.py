@@ -320,3 +320,24 @@ async def test_a_scheduler_that_is_lost_while_it_tells_does_not_stop_writes(send
     cluster.silent.add(OTHER)
     with pytest.raises(ClusterError, match="the scheduler cannot be reached"):
         await send(cluster, some(5), 5)
+
+
+async def test_who_has_left_the_placement_is_waited_for_no_longer(send: Send) -> None:
+    cluster = Cluster({ME: LIMIT, OTHER: LIMIT})
+    asked, call = asyncio.Event(), cluster.call
+
+    async def hangs(address: str, op: str, /, **message: Any) -> dict[str, Any]:
+        if address == OTHER:
+            asked.set()
+            await asyncio.Event().wait()
+        return await call(address, op, **message)
+
+    cluster.call = hangs  # type: ignore[method-assign]
+    sending = send(cluster, some(5), 0)
+    await asyncio.wait_for(asked.wait(), 30)
+    assert not sending.done()
+    cluster.newest = state_of(ME, epoch=2)
+    cluster.replicas[ME].adopt(cluster.newest)
+    await asyncio.wait_for(cluster.sender.drained(2), 30)
+    await asyncio.wait_for(sending, 30)
+    assert cluster.replicas[ME].store.view.rows == 5
