@@ -349,6 +349,9 @@ class TestReads:
             order = np.argsort(truth if metric == "l2" else -truth)[:10]
             assert [row.id for row in rows] == [list(live)[at] for at in order]
             np.testing.assert_allclose(scores, truth[order], rtol=1e-4, atol=1e-5)
+            alone = store.search(query[None], 10)
+            assert [row.id for row in alone.rows[0]] == [row.id for row in rows]
+            np.testing.assert_allclose(alone.scores[0], scores, rtol=1e-4, atol=1e-5)
 
     def test_the_recall_target_sets_the_effort(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         store = store_of(backend)
