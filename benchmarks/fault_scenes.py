@@ -244,7 +244,7 @@ def joins_and_leaves(stage: Stage, *, rate: float = 50.0, before: float = 4.0, t
     Reads may take so many `times` what they took while nothing changed (p99); None: that is shown, and promised by
     nobody. Nothing changes before the worker joins and again once it serves, and the slower of the two counts: one
     process more at full ingest on the same cores is slower whoever joins whom (of two cores, with nothing moving: p99
-    53 to 91 ms with three workers, 20 to 35 with two), and is no cost of its coming.
+    41 to 150 ms with three workers, 22 to 43 with two), and is no cost of its coming.
     """
     scene = Scene("23 a worker joins, one leaves, full ingest")
     cluster, workers = stage.db.dask.cluster, len(stage.db.workers)
