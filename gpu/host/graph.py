@@ -86,7 +86,7 @@ def build(vectors: _Kept, metric: str, params: BuildParams, *, threads: int = 1)
 
 
 def extension(index: Index) -> Extension | None:
-    """FAISS's `add` to a copy of the graph: that is how it was built, so it is the same graph in the end.
+    """FAISS's `add` to a copy of the graph: that is how it was built, so it is as good a graph in the end.
 
     Of 16 K rows of 384 numbers the copy takes 25 ms, the building 3.5 s. Not for a graph that CAGRA built.
     """

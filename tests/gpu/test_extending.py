@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,30 @@ def extends(store: Store) -> bool:
     return any(isinstance(part.segment, Sealed) and part.segment.extends for part in store.view.segments)
 
 
-def test_what_waits_is_added_to_a_segment_and_dead_rows_stay_until_they_are_many(store: Store) -> None:
+@pytest.fixture
+def begun(store: Store) -> Store:
+    """Its first 64 rows lie behind a graph that can take in more."""
     put(store, *upserts(0, 64))
     assert store.maintain()
     if not extends(store):
         pytest.skip("this backend builds anew")
+    return store
+
+
+def before_adding(monkeypatch: pytest.MonkeyPatch, backend: Backend, do: Callable[[], object]) -> None:
+    """Have something done when rows are about to be added to a graph."""
+    kind = backend.kinds["graph"]
+    extension = kind.extension
+
+    def watched(index: Any) -> Any:
+        extended = extension(index)
+        return lambda *args, **settings: (do(), extended(*args, **settings))[1]
+
+    monkeypatch.setattr(kind, "extension", watched)
+
+
+def test_what_waits_is_added_to_a_segment_and_dead_rows_stay_until_they_are_many(begun: Store) -> None:
+    store = begun
     put(store, *upserts(5, 10, 1000), {"id": 12, "offset": 1012, "cell": DELETED})
     put(store, *upserts(64, 123))
     assert store.maintain()
@@ -112,26 +132,16 @@ def test_what_waits_is_added_to_a_segment_and_dead_rows_stay_until_they_are_many
 
 
 def test_what_changes_while_rows_are_added_is_carried_over(
-    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    begun: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(store, *upserts(0, 64))
-    assert store.maintain()
-    if not extends(store):
-        pytest.skip("this backend builds anew")
+    store = begun
     put(store, {"id": 3, "offset": 900, "cell": DELETED}, *upserts(64, 128))
-    kind = backend.kinds["graph"]
-    extension = kind.extension
 
-    def meanwhile(index: Any) -> Any:
-        def call(*args: Any, **settings: Any) -> Any:
-            put(store, {"id": 3, "offset": 1003}, {"id": 4, "offset": 1004, "cell": DELETED})
-            put(store, {"id": 70, "offset": 1070}, {"id": 71, "offset": 1071, "cell": DELETED})
-            return extended(*args, **settings)
+    def meanwhile() -> None:
+        put(store, {"id": 3, "offset": 1003}, {"id": 4, "offset": 1004, "cell": DELETED})
+        put(store, {"id": 70, "offset": 1070}, {"id": 71, "offset": 1071, "cell": DELETED})
 
-        extended = extension(index)
-        return call
-
-    monkeypatch.setattr(kind, "extension", meanwhile)
+    before_adding(monkeypatch, backend, meanwhile)
     assert store.maintain()
     monkeypatch.undo()
     assert sealed(store) == [(128, 124)]
@@ -140,26 +150,11 @@ def test_what_changes_while_rows_are_added_is_carried_over(
 
 
 def test_one_more_waits_while_rows_are_added_and_two_do_not(
-    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    begun: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(store, *upserts(0, 64))
-    assert store.maintain()
-    if not extends(store):
-        pytest.skip("this backend builds anew")
-    kind = backend.kinds["graph"]
-    extension, adding, go_on = kind.extension, threading.Event(), threading.Event()
-
-    def slow(index: Any) -> Any:
-        def call(*args: Any, **settings: Any) -> Any:
-            adding.set()
-            assert go_on.wait(60)
-            return extended(*args, **settings)
-
-        extended = extension(index)
-        return call
-
+    store, adding, go_on = begun, threading.Event(), threading.Event()
     put(store, *upserts(64, 128))
-    monkeypatch.setattr(kind, "extension", slow)
+    before_adding(monkeypatch, backend, lambda: (adding.set(), go_on.wait(60)))
     thread = threading.Thread(target=store.maintain)
     thread.start()
     assert adding.wait(60)
